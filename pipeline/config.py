@@ -1,0 +1,388 @@
+"""Every setting of an experiment, as frozen pydantic models, and how a YAML file becomes one.
+
+Values are taken as written: no string is read as a number or the other way round. A key that nobody knows is an error that
+names the nearest right one and where it stands. What stands under `machine` changes the speed, never the meaning of a
+result, and is in no fingerprint. Three keys always name something outside the YAML, which then counts by its content:
+`path` (files or a glob), `model` (a model folder or a hub id) and `tokenizer` (the tokenizer's files of such a model).
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.lookup import nearest, parameters
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Revision = Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)
+
+
+class Named(BaseModel):
+    """An entry that names a function in one of the library's folders; every further key is an option of that function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def check(self, kind: str, name: str) -> None:
+        try:
+            _, known = parameters(kind, name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        for key in self.options():
+            if key not in known:
+                raise ValueError(f"{name} has no option '{key}'; {nearest(key, [*known, *type(self).model_fields])}")
+        for key, required in known.items():
+            if required and key not in self.options():
+                raise ValueError(f"{name} needs the option '{key}'")
+
+
+class Dataset(Named):
+    dataset: str
+    """A file in pipeline/datasets/."""
+    limit: Positive | None = None
+    """Take only the first so many records."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much each of its records counts in the objective."""
+    incomplete: Literal["stop", "drop"] = "stop"
+    """What to do with a record without a question or an answer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Dataset":
+        self.check("datasets", self.dataset)
+        return self
+
+
+class Heldout(Section):
+    fraction: Share | None = None
+    """This share of the training records, chosen by content hash."""
+    datasets: list[Dataset] = []
+
+
+class Data(Section):
+    train: Annotated[list[Dataset], Field(min_length=1)]
+    heldout: Annotated[Heldout, BeforeValidator(lambda v: {"datasets": v} if isinstance(v, list) else v)] = Heldout(fraction=0.02)
+    """{fraction: 0.02}, or a list of datasets as under train."""
+    template: str = "plain"
+    """plain: "Question: ...\\nAnswer: ..."; chat: each model's own chat template; anything else: a Jinja template over `messages`."""
+    max_tokens: Positive = 1024
+    """In the teacher's tokens. A longer record's context is cut at its end; one that is still longer is left out and counted."""
+    records_per_shard: Positive = 256
+
+
+class Teacher(Section):
+    model: str
+    """A hub id (then revision is needed), a local folder, or run:train-student/FINGERPRINT."""
+    revision: Revision = None
+    """The hub commit, 40 hexadecimal digits."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    double_quantization: bool = True
+    """Also quantize NF4's own scales."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """In which the teacher computes."""
+
+
+class Logits(Section):
+    keep: Annotated[int, Field(ge=1, le=65535)] = 64
+    """So many log-probabilities are kept per position; the mass of the others as one number per temperature."""
+    temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 2.0, 8.0]
+    """At which the log of the mass that was not kept is stored; in between it is interpolated."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Logits":
+        if sorted(set(self.temperatures)) != self.temperatures or self.temperatures[0] != 1.0:
+            raise ValueError("temperatures must ascend and begin with 1.0")
+        return self
+
+
+class Targets(Section):
+    positions: Literal["answer", "all"] = "answer"
+    logits: Logits = Logits()
+    text: Literal["keep", "omit"] = "keep"
+    """omit: only digests of the records' text are stored (a student with another tokenizer then cannot be trained)."""
+
+
+class Student(Section):
+    model: str
+    revision: Revision = None
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Keep only these decoder layers of the model, in this order."""
+
+
+class TokenizerSource(Section):
+    """What the stages that only need the student's tokenizer are told of the student."""
+
+    tokenizer: str
+    revision: Revision = None
+
+
+class Projection(Named):
+    method: str = "contextual"
+    """A file in pipeline/projections/. With equal tokenizers it is always `identity`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Projection":
+        self.check("projections", self.method)
+        return self
+
+
+class Schedule(Section):
+    start: float = Field(alias="from", gt=0)
+    end: float = Field(alias="to", ge=0)
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Schedule":
+        if self.schedule == "exponential" and self.end <= 0:
+            raise ValueError("an exponential schedule cannot reach 0; give a small 'to' instead")
+        return self
+
+
+def _number_is_constant(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"from": float(value), "to": float(value), "schedule": "constant"}
+    return value
+
+
+Scheduled = Annotated[Schedule, BeforeValidator(_number_is_constant)]
+
+
+class Objective(Named):
+    loss: str
+    """A file in pipeline/losses/."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Objective":
+        self.check("losses", self.loss)
+        return self
+
+    def needs_teacher(self) -> bool:
+        return "teacher" in parameters("losses", self.loss)[0]
+
+
+class Training(Section):
+    objective: Annotated[list[Objective], Field(min_length=1)] = [Objective(loss="forward_kl", weight=0.7), Objective(loss="cross_entropy", weight=0.3)]
+    temperature: Scheduled = Schedule(**{"from": 1.0, "to": 1.0, "schedule": "constant"})
+    specialty_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Factor on the records of a specialty; 1 for those not named."""
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Instead of steps: passes over the training records."""
+    batch_records: Positive = 16
+    """Records in one optimizer step, over all devices."""
+    learning_rate: Scheduled = Schedule(**{"from": 1e-5, "to": 1e-5, "schedule": "constant"})
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Training":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if not any(part.weight > 0 for part in self.objective):
+            raise ValueError("every weight of the objective is 0")
+        return self
+
+
+class Benchmark(Named):
+    benchmark: str
+    """A file in pipeline/benchmarks/."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Benchmark":
+        self.check("benchmarks", self.benchmark)
+        return self
+
+
+class Evaluation(Section):
+    benchmarks: list[Benchmark] = [Benchmark(benchmark="perplexity"), Benchmark(benchmark="fidelity"), Benchmark(benchmark="multiple_choice")]
+    control: bool = True
+    """Also train and evaluate the same student without the teacher (train-control)."""
+
+
+class Machine(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    teacher_batch_records: Positive = 8
+    student_micro_batch_records: Positive = 4
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Threads that make the next batches ready while the model computes."""
+    gradient_checkpointing: bool = False
+    checkpoint_steps: Positive = 100
+    """Optimizer steps between two checkpoints."""
+
+
+class Experiment(Section):
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The evaluation's results.json, table and curves are also put under this name in the runs folder."""
+    data: Data
+    teacher: Teacher
+    targets: Targets = Targets()
+    student: Student
+    projection: Projection = Projection()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    machine: Machine = Machine()
+
+    @property
+    def student_tokenizer(self) -> TokenizerSource:
+        return TokenizerSource(tokenizer=self.student.model, revision=self.student.revision)
+
+    def without_teacher(self) -> "Experiment":
+        """The SFT-only control: the teacher's share of the objective's weight goes to the other losses, all else is equal."""
+        total = sum(part.weight for part in self.training.objective)
+        rest = [part for part in self.training.objective if part.weight > 0 and not part.needs_teacher()] or [Objective(loss="cross_entropy")]
+        share = total / sum(part.weight for part in rest)
+        rest = [part.model_copy(update={"weight": part.weight * share}) for part in rest]
+        constant = Schedule(**{"from": 1.0, "to": 1.0, "schedule": "constant"})
+        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": constant})})
+
+
+# --- from YAML ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-4 is a number, a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$|^[-+]?\.?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+Place = tuple[str | int, ...]
+
+
+def load_experiment(file: str | Path, changes: list[str] | None = None) -> Experiment:
+    """The experiment in a YAML file, with `extends:` merged in and each "section.key=value" of `changes` set."""
+    tree, lines = _read(Path(file), ())
+    for change in changes or []:
+        _set(tree, lines, change)
+    if "name" not in tree:
+        tree["name"] = Path(file).stem
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, lines, str(file)) for problem in error.errors())) from None
+
+
+def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Place, str]]:
+    if file.resolve() in seen:
+        raise ConfigError(f"{file} extends itself: {' -> '.join(str(f) for f in (*seen, file))}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"The experiment file {file} cannot be read: {error.strerror}. Give the path of a YAML file, such as configs/demo.yaml.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The experiment file {file} is no UTF-8 text: {error}.") from None
+    lines: dict[Place, str] = {}
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        tree = _build(node, (), lines, file) if node else {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must be a mapping of sections (data, teacher, ...).")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, lines
+    base, base_lines = _read(file.parent / str(parent), (*seen, file.resolve()))
+    return _merge(base, tree), base_lines | lines
+
+
+def _build(node: yaml.Node, place: Place, lines: dict[Place, str], file: Path) -> Any:
+    lines[place] = f"{file}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if key in result:
+                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: the key '{key}' is given twice.")
+            result[key] = _build(value_node, (*place, key), lines, file)
+            lines[(*place, key)] = f"{file}:{key_node.start_mark.line + 1}"
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(child, (*place, i), lines, file) for i, child in enumerate(node.value)]
+    return yaml.load(yaml.serialize(node), Loader=_Loader)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+    return over
+
+
+def _set(tree: dict[str, Any], lines: dict[Place, str], change: str) -> None:
+    path, equals, text = change.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {change}: give it as section.key=value.")
+    keys: list[str | int] = [int(key) if key.isdigit() else key for key in path.split(".")]
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change}: the value is no YAML: {error}") from None
+    here: Any = tree
+    for key in keys[:-1]:
+        if isinstance(here, list):
+            if not isinstance(key, int) or key >= len(here):
+                raise ConfigError(f"--set {change}: there is no entry {key} in that list.")
+        elif not isinstance(here.get(key), dict | list):
+            here[key] = {}
+        here = here[key]
+    if isinstance(here, list) and not (isinstance(keys[-1], int) and keys[-1] < len(here)):
+        raise ConfigError(f"--set {change}: there is no entry {keys[-1]} in that list.")
+    here[keys[-1]] = value
+    for n in range(1, len(keys) + 1):
+        lines.setdefault(tuple(keys[:n]), f"--set {change}")
+    lines[tuple(keys)] = f"--set {change}"
+
+
+def _explain(problem: Any, lines: dict[Place, str], file: str) -> str:
+    place: Place = ()
+    model: Any = Experiment
+    for part in problem["loc"]:
+        if (*place, part) in lines:  # parts that pydantic adds stand in no YAML
+            place = (*place, part)
+    where = lines.get(place, file)
+    dotted = ".".join(str(part) for part in place) or "the file"
+    if problem["type"] == "extra_forbidden":
+        for part in problem["loc"][:-1]:
+            model = _inside(model, part)
+        fields = [field.alias or name for name, field in model.model_fields.items()] if model else []
+        return f"{where}: unknown key '{dotted}'; {nearest(str(problem['loc'][-1]), fields)}"
+    if problem["type"] == "missing":
+        missing = ".".join(str(part) for part in problem["loc"])
+        return f"{where}: '{missing}' is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return f"{where}: {dotted}: {message[:1].lower() + message[1:]}{shown}"
+
+
+def _inside(model: Any, part: str | int) -> Any:
+    """The model class that a field's annotation holds, through lists, unions and annotations."""
+    if model is None or isinstance(part, int):
+        return model
+    field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+    if field is None:
+        return model
+    found = [field.annotation]
+    while found:
+        kind = found.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        found.extend(getattr(kind, "__args__", ()))
+    return None

@@ -1,0 +1,46 @@
+"""The YAML name, the file name and the function name are the same: a new loss is one new file, no list to keep in step."""
+
+import ast
+import difflib
+import importlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+HERE = Path(__file__).parent
+
+
+def names(kind: str) -> list[str]:
+    """What can be named: names("losses") gives the files of pipeline/losses/."""
+    return sorted(file.stem for file in (HERE / kind).glob("*.py") if not file.stem.startswith("_"))
+
+
+def find(kind: str, name: str) -> Callable[..., Any]:
+    """The function of that name in the file of that name: find("losses", "forward_kl")."""
+    check_name(kind, name)
+    return getattr(importlib.import_module(f"pipeline.{kind}.{name}"), name)
+
+
+def check_name(kind: str, name: str) -> None:
+    if name not in names(kind):
+        raise ConfigError(f"No '{name}' in pipeline/{kind}/; {nearest(name, names(kind))}")
+
+
+@cache
+def parameters(kind: str, name: str) -> tuple[tuple[str, ...], dict[str, bool]]:
+    """Its positional parameters and its options (name -> must be given), read from the source: nothing is imported."""
+    check_name(kind, name)
+    tree = ast.parse((HERE / kind / f"{name}.py").read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    positional = tuple(argument.arg for argument in function.args.args)
+    options = {a.arg: d is None for a, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)}
+    return positional, options
+
+
+def nearest(wrong: str, right: list[str]) -> str:
+    """The end of an error sentence: the nearest right name, or all of them."""
+    close = difflib.get_close_matches(wrong, right, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(right)}."

@@ -1,0 +1,89 @@
+"""What a result is made from, as a readable identity, and its hash.
+
+The identity of a stage's run is {stage, version, sections read, identities of the stages needed}. Where a section names a
+file or a model, what the thing contains stands beside the name and only the content counts.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+Identity = dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, ASCII, floats as float.hex(); NaN and foreign types are refused."""
+
+    def plain(item: Any) -> Any:
+        if item is None or isinstance(item, str | bool | int):
+            return item
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                raise TypeError(f"{item} cannot be part of a fingerprint")
+            return {"float": (item + 0.0).hex()}
+        if isinstance(item, list | tuple):
+            return [plain(part) for part in item]
+        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            return {key: plain(part) for key, part in item.items()}
+        raise TypeError(f"{type(item).__name__} cannot be part of a fingerprint")
+
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def fingerprint(identity: Identity) -> str:
+    """16 hexadecimal digits over what shapes the result; the names of files and models are left out, their content counts."""
+    hashed = {
+        "stage": identity["stage"],
+        "version": identity["version"],
+        "sections": _content_only(identity["sections"]),
+        "needs": {name: fingerprint(need) for name, need in identity["needs"].items()},
+    }
+    return hashlib.sha256(canonical(hashed).encode()).hexdigest()[:16]
+
+
+def named(name: str, content: str) -> dict[str, str]:
+    """How a file or model stands in an identity."""
+    return {"named": name, "content": content}
+
+
+def differing_keys(one: Identity, other: Identity) -> list[str]:
+    """The dotted keys, such as teacher.quantization, in which two identities differ, their upstreams included."""
+    here, there = _leaves(one), _leaves(other)
+    return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"named", "content"}
+
+
+def _content_only(value: Any) -> Any:
+    if _is_named(value):
+        return {"content": value["content"]}
+    if isinstance(value, dict):
+        return {key: _content_only(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_content_only(part) for part in value]
+    return value
+
+
+def _leaves(identity: Identity) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def walk(value: Any, place: str) -> None:
+        if _is_named(value):
+            found[place] = value["content"]
+        elif isinstance(value, dict) and value:
+            for key, part in value.items():
+                walk(part, f"{place}.{key}" if place else key)
+        elif isinstance(value, list) and value:
+            for i, part in enumerate(value):
+                walk(part, f"{place}.{i}")
+        else:
+            found[place] = canonical(value)
+
+    walk(identity["sections"], "")
+    found[f"{identity['stage']}.version"] = canonical(identity["version"])
+    for need in identity["needs"].values():
+        found |= _leaves(need)
+    return found

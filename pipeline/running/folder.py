@@ -1,0 +1,214 @@
+"""A run's folder: <runs>/<stage>/<fingerprint>/.
+
+    plan.json             how much there is to do, written first
+    commits/NAME.json     one per finished piece (a shard, a checkpoint): size and SHA-256 of its files, and of itself
+    manifest.json         written last: the identity, every file's size and SHA-256, the summary. With it the run is finished
+
+What has no commit is not there, whatever lies in the folder; what has no manifest is not finished.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DamageError
+from pipeline.files import UNFINISHED, read_json, remove_unfinished, sha256_of, write_json
+from pipeline.running.fingerprint import Identity
+
+FORMAT = 1
+SCRATCH = ("checkpoints", "tensorboard")
+"""Folders that are useful while a stage runs, or to look at, but no part of its result."""
+
+
+class RunFolder:
+    """A folder that a stage writes its result into."""
+
+    def __init__(self, path: Path, only_writer: bool = True) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        if only_writer:
+            remove_unfinished(path)
+
+    def plan(self, unit: str, total: int) -> None:
+        """Say how much there is to do, so that `pipeline status` can tell how far it is."""
+        write_json(self.path / "plan.json", {"unit": unit, "total": total})
+
+    def unfinished(self, count: int) -> list[int]:
+        """The shards that have no commit, or whose files are not what the commit says: only these are left to do."""
+        return [shard for shard in range(count) if not self._stands(f"{shard:05d}")]
+
+    def committed(self) -> list[str]:
+        """The names of all pieces whose files are what their commit says, in order."""
+        return [name for name in _commit_names(self.path) if self._stands(name)]
+
+    def info(self, name: str) -> dict[str, Any]:
+        """What was said of a piece when it was committed."""
+        return dict(_read_commit(self.path, name)["info"])
+
+    def commit(self, name: str, files: list[str], **info: Any) -> None:
+        """Say that a piece is finished; its files (paths inside the folder) are whole under their final names."""
+        entries = {file: describe(self.path / file) for file in files}
+        body = {"name": name, "files": entries, "info": info}
+        write_json(self.path / "commits" / f"{name}.json", body | {"self": _self_hash(body)})
+
+    def withdraw(self, name: str) -> None:
+        """Take a piece back, the commit first, so that nothing is believed that is half gone."""
+        record = self.path / "commits" / f"{name}.json"
+        files = list(_read_commit(self.path, name)["files"]) if record.exists() else []
+        record.unlink(missing_ok=True)
+        for file in files:
+            (self.path / file).unlink(missing_ok=True)
+
+    def seal(self, stage: str, fingerprint: str, identity: Identity, summary: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Write the manifest: the run is finished."""
+        files: dict[str, dict[str, Any]] = {}
+        for name in _commit_names(self.path):
+            commit = _read_commit(self.path, name)
+            files |= {file: entry for file, entry in commit["files"].items() if not file.startswith(SCRATCH)}
+        for file in sorted(self.path.rglob("*")):
+            relative = file.relative_to(self.path)
+            if file.is_file() and relative.parts[0] not in (*SCRATCH, "commits", "manifest.json", "plan.json"):
+                files.setdefault(relative.as_posix(), {})
+        files = {file: entry or describe(self.path / file) for file, entry in sorted(files.items())}
+        body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity}
+        body |= {"files": files, "summary": summary, "machine": machine}
+        write_json(self.path / "manifest.json", body | {"self": _self_hash(body)})
+
+    def _stands(self, name: str) -> bool:
+        try:
+            commit = _read_commit(self.path, name)
+        except DamageError:
+            return False
+        return not any(problem(self.path / file, entry) for file, entry in commit["files"].items())
+
+
+class FinishedFolder:
+    """A finished run's folder, to read from: each file is checked against the manifest when it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.identity: Identity = self.manifest["identity"]
+        self.summary: dict[str, Any] = self.manifest["summary"]
+        self._checked: set[str] = set()
+
+    def names(self, beginning: str = "") -> list[str]:
+        return [name for name in self.manifest["files"] if name.startswith(beginning)]
+
+    def file(self, name: str) -> Path:
+        """The file's path, once its bytes are known to be what was written."""
+        if name not in self.manifest["files"]:
+            raise DamageError(f"{self.path} has no file {name} in its manifest. Run the stage {self.manifest['stage']} again.")
+        if name not in self._checked:
+            wrong = problem(self.path / name, self.manifest["files"][name])
+            if wrong:
+                raise DamageError(f"{self.path / name} {wrong}. Run `pipeline verify {self.path} --repair`, then the stage {self.manifest['stage']} again, or copy the file anew.")
+            self._checked.add(name)
+        return self.path / name
+
+    def folder(self, name: str) -> Path:
+        """A folder inside, once all its files are known to be what was written."""
+        for file in self.names(f"{name}/"):
+            self.file(file)
+        return self.path / name
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished run; a DamageError if it is not what was written, FileNotFoundError if there is none."""
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("self") != _self_hash({k: v for k, v in manifest.items() if k != "self"}):
+        raise DamageError(f"{path / 'manifest.json'} is damaged (its own hash does not fit). Copy it anew, or remove it and run the stage again.")
+    if manifest["format"] != FORMAT:
+        raise DamageError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}. Use the version that wrote it.")
+    return manifest
+
+
+def progress(path: Path) -> dict[str, Any] | None:
+    """How far a run that is not finished has come: {"done", "total", "unit"}; None if it has not begun."""
+    if not (path / "plan.json").exists():
+        return None
+    plan = read_json(path / "plan.json")
+    names = _commit_names(path)
+    done = len(names) if plan["unit"] == "shards" else max((int(name.rpartition("-")[2]) for name in names), default=0)
+    return {"done": done, "total": plan["total"], "unit": plan["unit"]}
+
+
+def damage(path: Path) -> tuple[dict[str, str], list[str]]:
+    """What is wrong in a run's folder: file -> problem, and the names of the pieces that are hit."""
+    wrong: dict[str, str] = {}
+    pieces: list[str] = []
+    listed: dict[str, dict[str, Any]] = {}
+    if (path / "manifest.json").exists():
+        try:
+            listed |= read_manifest(path)["files"]
+        except DamageError as error:
+            wrong["manifest.json"] = str(error)
+    for name in _commit_names(path):
+        try:
+            commit = _read_commit(path, name)
+        except DamageError as error:
+            wrong[f"commits/{name}.json"] = str(error)
+            pieces.append(name)
+            continue
+        found = {file: text for file, entry in commit["files"].items() if (text := problem(path / file, entry))}
+        if found:
+            wrong |= found
+            pieces.append(name)
+        for file in commit["files"]:
+            listed.pop(file, None)
+    wrong |= {file: text for file, entry in listed.items() if (text := problem(path / file, entry))}
+    return wrong, pieces
+
+
+def repair(path: Path) -> None:
+    """Take back every damaged piece, and the manifest, so that the next run of the stage redoes just those."""
+    wrong, pieces = damage(path)
+    if not wrong:
+        return
+    (path / "manifest.json").unlink(missing_ok=True)
+    folder = RunFolder(path)
+    for name in pieces:
+        if f"commits/{name}.json" in wrong:
+            (path / "commits" / f"{name}.json").unlink(missing_ok=True)
+        else:
+            folder.withdraw(name)
+    for file in wrong:
+        (path / file).unlink(missing_ok=True)
+        # a folder inside a result, such as student/, is made as a whole and so is taken back as a whole
+        if "/" in file and not file.startswith("commits/"):
+            shutil.rmtree(path / file.split("/")[0], ignore_errors=True)
+
+
+def describe(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def problem(file: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file, as the end of a sentence that begins with its name; None if it is what was written."""
+    if not file.is_file() or file.is_symlink():
+        return "is missing"
+    size = file.stat().st_size
+    if size != entry["size"]:
+        return f"is damaged: it has {size} bytes, {entry['size']} were written"
+    return None if sha256_of(file) == entry["sha256"] else "is damaged: its SHA-256 is not the one that was written"
+
+
+def _commit_names(path: Path) -> list[str]:
+    return sorted(file.stem for file in (path / "commits").glob("*.json") if not file.name.startswith(UNFINISHED))
+
+
+def _read_commit(path: Path, name: str) -> dict[str, Any]:
+    file = path / "commits" / f"{name}.json"
+    if not file.exists():
+        raise DamageError(f"{file} is missing")
+    commit = read_json(file)
+    if not isinstance(commit, dict) or commit.get("self") != _self_hash({k: v for k, v in commit.items() if k != "self"}):
+        raise DamageError(f"{file} is damaged (its own hash does not fit)")
+    return commit
+
+
+def _self_hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""How any stage is run: found if it is finished, refused if what it needs is not, continued where it was killed."""
+
+import importlib
+import inspect
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Experiment
+from pipeline.errors import InputError, NotFinished, PipelineError
+from pipeline.running.contents import Contents, model_folder
+from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named
+from pipeline.running.folder import FinishedFolder, RunFolder, progress, read_manifest
+from pipeline.running.stage import Stage
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "accelerate", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The finished folders that a stage builds on, by the stage's name, and where the models lie that a section names."""
+
+    folders: dict[str, FinishedFolder]
+    runs: Path
+
+    def __getitem__(self, stage: str) -> FinishedFolder:
+        return self.folders[stage]
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self.folders
+
+    def model(self, model: str, revision: str | None) -> str:
+        """What to give to from_pretrained: the hub id, or the folder, which must be there."""
+        if revision:
+            return model
+        folder = model_folder(model, self.runs)
+        if not folder.is_dir():
+            raise InputError(
+                f"No model folder is at {folder}, and this stage has to read it. "
+                "Put it back, or give a hub id together with `revision` (the commit, 40 hexadecimal digits)."
+            )
+        return str(folder)
+
+
+@dataclass
+class Runner:
+    stages: tuple[Stage, ...]
+    experiment: Experiment
+    runs: Path
+    given: dict[str, Path] = field(default_factory=dict)
+    """--use STAGE=FOLDER: finished folders taken as they are."""
+    say: Callable[[str], None] = lambda text: None
+    _identities: dict[str, Identity] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._contents = Contents(self.runs)
+        self._by_name = {stage.name: stage for stage in self.stages}
+        for name, folder in self.given.items():
+            if name not in self._by_name:
+                raise InputError(f"--use {name}={folder}: there is no stage '{name}'; there are {', '.join(self._by_name)}.")
+            if not (folder / "manifest.json").exists():
+                raise InputError(f"--use {name}={folder}: that is no finished folder (it has no manifest.json). Give <runs>/{name}/<fingerprint>.")
+            manifest = read_manifest(folder)
+            if manifest["stage"] != self._by_name[name].folder:
+                raise InputError(f"--use {name}={folder}: that is a folder of the stage {manifest['stage']}.")
+            self._identities[name] = manifest["identity"]
+
+    # --- what a run is ---
+
+    def planned(self) -> list[Stage]:
+        """The stages of this experiment, in order; without those that only a folder given with --use was built on."""
+        wanted: set[str] = set()
+
+        def want(stage: Stage) -> None:
+            wanted.add(stage.name)
+            for need in [] if stage.name in self.given else self.needs(stage):
+                want(need)
+
+        want(self.stages[-1])
+        return [stage for stage in self.stages if stage.name in wanted]
+
+    def needs(self, stage: Stage) -> list[Stage]:
+        """What a stage builds on; without the control where the experiment wants none."""
+        control = self.experiment.evaluation.control
+        return [need for need in self.stages if need.name in stage.needs and (control or not need.same_as)]
+
+    def identity(self, stage: Stage) -> Identity:
+        if stage.name not in self._identities:
+            needs = {need.name: self.identity(need) for need in self.needs(stage)}
+            sections = {name: self._section(stage, name) for name in stage.reads}
+            self._identities[stage.name] = {"stage": stage.folder, "version": stage.version, "sections": sections, "needs": needs}
+        return self._identities[stage.name]
+
+    def folder(self, stage: Stage) -> Path:
+        if stage.name in self.given:
+            return self.given[stage.name]
+        return self.runs / stage.folder / fingerprint(self.identity(stage))
+
+    def is_finished(self, stage: Stage) -> bool:
+        return (self.folder(stage) / "manifest.json").exists()
+
+    # --- the work ---
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Run one stage, or say that it is already done; what it needs must be finished or can be made on the way."""
+        stage = self._by_name[name]
+        folder = self.folder(stage)
+        if self.is_finished(stage):
+            return self._report(stage, "already done", FinishedFolder(folder).summary)
+        for need in self.needs(stage):
+            if not self.is_finished(need):
+                if not need.on_the_way:
+                    raise NotFinished(f"{name} needs {need.name}, which has not finished for this experiment.{self._hint(need)}\nRun `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER.")
+                self.run(need.name)
+        inputs = Inputs({need.name: FinishedFolder(self.folder(need)) for need in self.needs(stage)}, self.runs)
+        sections = {section: getattr(self._settings(stage), section) for section in stage.reads}
+        function = importlib.import_module(stage.module).run
+        given = sections | {"machine": self.experiment.machine, "inputs": inputs}
+        wanted = inspect.signature(function).parameters
+        assert set(stage.reads) <= set(wanted) <= {*given, "out"}, f"{stage.module}.run must take exactly what the stage declares"
+        is_main = os.environ.get("RANK", "0") == "0"
+        out = RunFolder(folder, only_writer=is_main)
+        self.say(f"{name}: {folder}")
+        started = time.monotonic()
+        summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
+        if is_main:
+            if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
+                raise PipelineError(f"A file or model that {name} reads changed while it ran, so its result is not kept as finished. Run the command again.")
+            out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), summary, self._machine(time.monotonic() - started))
+        return self._report(stage, "done", summary)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Per stage: state, folder, and when it is not finished the nearest run with the keys that differ."""
+        rows = []
+        for stage in self.planned():
+            folder = self.folder(stage)
+            begun = progress(folder)
+            if self.is_finished(stage):
+                state = "done"
+            elif begun:
+                state = f"begun {begun['done']} of {begun['total']} {begun['unit']}"
+            else:
+                state = "missing"
+            rows.append({"stage": stage.name, "state": state, "folder": str(folder), "nearest": None if state == "done" else self._nearest(stage)})
+        return rows
+
+    # --- inside ---
+
+    def _settings(self, stage: Stage) -> Experiment:
+        return self.experiment.without_teacher() if stage.same_as else self.experiment
+
+    def _section(self, stage: Stage, name: str) -> Any:
+        section = getattr(self._settings(stage), name).model_dump(mode="json", by_alias=True)
+        return self._with_contents(section)
+
+    def _with_contents(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._with_contents(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        result = {key: self._with_contents(part) for key, part in value.items()}
+        if isinstance(path := value.get("path"), str):
+            result["path"] = named(path, self._contents.of_files(path))
+        for key, content in (("model", self._contents.of_model), ("tokenizer", self._contents.of_tokenizer)):
+            if isinstance(model := value.get(key), str):
+                result[key] = named(model, content(model, value.get("revision")))
+        return result
+
+    def _recomputed(self, stage: Stage) -> Identity:
+        sections = {name: self._section(stage, name) for name in stage.reads}
+        return self._identities[stage.name] | {"sections": sections}
+
+    def _nearest(self, stage: Stage) -> dict[str, Any] | None:
+        mine = self.identity(stage)
+        found: list[tuple[int, str, list[str]]] = []
+        for manifest in sorted((self.runs / stage.folder).glob("*/manifest.json")):
+            differs = differing_keys(mine, read_manifest(manifest.parent)["identity"])
+            found.append((len(differs), str(manifest.parent), differs))
+        if not found:
+            return None
+        _, folder, differs = min(found)
+        return {"folder": folder, "differs": differs}
+
+    def _hint(self, stage: Stage) -> str:
+        nearest = self._nearest(stage)
+        return f" (The nearest finished one, {nearest['folder']}, differs in: {', '.join(nearest['differs'])}.)" if nearest else ""
+
+    def _report(self, stage: Stage, state: str, summary: dict[str, Any]) -> dict[str, Any]:
+        folder = self.folder(stage)
+        return {"stage": stage.name, "folder": str(folder), "fingerprint": fingerprint(self.identity(stage)), "state": state, "summary": summary}
+
+    def _machine(self, seconds: float) -> dict[str, Any]:
+        versions = {}
+        for library in LIBRARIES:
+            try:
+                versions[library] = version(library)
+            except PackageNotFoundError:
+                versions[library] = None
+        return {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "versions": versions,
+            "settings": self.experiment.machine.model_dump(mode="json"),
+            "seconds": round(seconds, 1),
+        }

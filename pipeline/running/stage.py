@@ -1,0 +1,23 @@
+"""What the runner has to know of a stage before it loads it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    module: str
+    version: int
+    """Raised by hand when the code changes a result."""
+    reads: tuple[str, ...]
+    """The sections of the experiment that `run` is given, and no others."""
+    help: str
+    needs: tuple[str, ...] = ()
+    on_the_way: bool = False
+    """Made from finished stages alone, without teacher or raw data: run when a stage that needs it is asked for."""
+    same_as: str | None = None
+    """The stage whose work and folder this is, with the experiment's settings without the teacher."""
+
+    @property
+    def folder(self) -> str:
+        return self.same_as or self.name

@@ -1,0 +1,56 @@
+"""The stages, in the order in which they are done. This table is all that `pipeline --help` and `status` load of them."""
+
+from pipeline.running.stage import Stage
+
+STAGES = (
+    Stage(
+        name="prepare-data",
+        module="stages.prepare_data",
+        version=1,
+        reads=("data",),
+        help="Datasets to clean records with segments, specialty and split.",
+    ),
+    Stage(
+        name="cache-teacher",
+        module="stages.cache_teacher",
+        version=1,
+        reads=("data", "teacher", "targets"),
+        needs=("prepare-data",),
+        help="Run the teacher once and keep what it says.",
+    ),
+    Stage(
+        name="fit-projection",
+        module="stages.fit_projection",
+        version=1,
+        reads=("student_tokenizer", "projection"),
+        needs=("cache-teacher",),
+        on_the_way=True,
+        help="Map the teacher's vocabulary to the student's.",
+    ),
+    Stage(
+        name="train-student",
+        module="stages.train_student",
+        version=1,
+        reads=("student", "training"),
+        needs=("cache-teacher", "fit-projection"),
+        help="Train a student from the cache.",
+    ),
+    Stage(
+        name="train-control",
+        module="stages.train_student",
+        version=1,
+        same_as="train-student",
+        reads=("student", "training"),
+        needs=("cache-teacher", "fit-projection"),
+        on_the_way=True,
+        help="The same student, steps and data without the teacher (SFT only).",
+    ),
+    Stage(
+        name="evaluate",
+        module="stages.evaluate",
+        version=1,
+        reads=("student", "evaluation"),
+        needs=("cache-teacher", "fit-projection", "train-student", "train-control"),
+        help="Teacher, student before training, control and distilled student on the held-out split.",
+    ),
+)

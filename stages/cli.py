@@ -1,0 +1,188 @@
+"""The `pipeline` command. Imports nothing heavy: a command loads what it needs when it is called."""
+
+import importlib
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.config import load_experiment
+from pipeline.errors import InputError, PipelineError
+from pipeline.running.folder import damage, progress, read_manifest, repair
+from pipeline.running.runner import Runner
+from stages import STAGES
+
+
+class PipelineGroup(click.Group):
+    """Turns the library's errors into one message and the exit status that they carry."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except PipelineError as error:
+            _fail(context, str(error), error.exit_status)
+        except OSError as error:
+            advice = "Free some space and run the command again: it goes on where it stopped." if error.errno == 28 else "Run the command again: it goes on where it stopped."
+            _fail(context, f"{error.strerror or error}: {error.filename or 'a file'}. {advice}", 1)
+        except (KeyboardInterrupt, click.exceptions.Exit, click.ClickException):
+            raise
+        except Exception as error:
+            _fail(context, f"{type(error).__name__}: {error}\nThis is not an error that pipeline knows. `pipeline --debug ...` shows where it arose; what was finished is kept.", 1)
+
+
+def _fail(context: click.Context, message: str, status: int) -> None:
+    if context.params.get("debug"):
+        traceback.print_exc()
+    click.echo(f"Error: {message}", err=True)
+    context.exit(status)
+
+
+@click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True, help="Where the runs' folders are.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="distillation-pipeline")
+@click.pass_context
+def main(context: click.Context, runs: Path, debug: bool) -> None:
+    """Run a large teacher once, keep what it says, and train any number of students from that."""
+    context.obj = runs
+
+
+def _experiment_options(command: Any) -> Any:
+    for decorate in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."),
+        click.option("--use", "given", multiple=True, metavar="STAGE=FOLDER", help="Take this finished folder for a stage."),
+        click.option("--set", "changes", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML."),
+        click.argument("experiment", type=click.Path(path_type=Path)),
+    ):
+        command = decorate(command)
+    return click.pass_obj(command)
+
+
+def _runner(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...]) -> Runner:
+    folders = {}
+    for entry in given:
+        stage, equals, folder = entry.partition("=")
+        if not equals:
+            raise InputError(f"--use {entry}: give it as STAGE=FOLDER.")
+        folders[stage] = Path(folder)
+    return Runner(STAGES, load_experiment(experiment, list(changes)), runs, folders, say=lambda text: click.echo(text, err=True))
+
+
+def _add_stage_command(name: str, text: str) -> None:
+    @main.command(name, help=text)
+    @_experiment_options
+    def command(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
+        runner = _runner(runs, experiment, changes, given)
+        report = runner.run(name)
+        _publish(runner, report)
+        _show(report, as_json)
+
+
+for _stage in STAGES:
+    _add_stage_command(_stage.name, _stage.help)
+
+
+@main.command("run")
+@_experiment_options
+def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
+    """Every stage that is not finished, in order."""
+    runner = _runner(runs, experiment, changes, given)
+    reports = []
+    for stage in runner.planned():
+        reports.append(runner.run(stage.name))
+        if not as_json:
+            click.echo(f"{stage.name}: {reports[-1]['state']} ({reports[-1]['folder']})", err=True)
+    _publish(runner, reports[-1])
+    if as_json:
+        click.echo(json.dumps({"stages": reports}))
+    else:
+        _show(reports[-1], False)
+
+
+@main.command()
+@_experiment_options
+def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
+    """Which stages are finished, begun or missing, and what differs from the nearest finished one."""
+    rows = _runner(runs, experiment, changes, given).status()
+    if as_json:
+        click.echo(json.dumps({"stages": rows}))
+        return
+    for row in rows:
+        click.echo(f"{row['stage']:<16} {row['state']:<24} {row['folder']}")
+        if row["nearest"]:
+            click.echo(f"{'':<16} nearest: {row['nearest']['folder']}, differs in {', '.join(row['nearest']['differs'])}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--repair", "mend", is_flag=True, help="Remove what is damaged, so that a rerun of the stage redoes only that.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+def verify(folder: Path, mend: bool, as_json: bool) -> None:
+    """Hash and decode everything in a run's folder again, and name every damaged file."""
+    if not (folder / "manifest.json").exists() and progress(folder) is None:
+        raise InputError(f"{folder} is no run's folder: it has no manifest.json and no plan.json.")
+    wrong, _ = damage(folder)
+    if not wrong and (folder / "manifest.json").exists():
+        wrong = importlib.import_module("pipeline.reporting.inspection").undecodable(folder)
+    if mend:
+        repair(folder)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "damaged": wrong, "repaired": mend and bool(wrong)}))
+    else:
+        for file, text in wrong.items():
+            click.echo(f"{folder / file} {text}" if not text.startswith(str(folder)) else text)
+        click.echo("Everything is as it was written." if not wrong else f"{len(wrong)} damaged. " + ("Removed; run the stage again." if mend else "--repair removes them."))
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--record", metavar="ID", help="Show one record's targets.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+def inspect(folder: Path, record: str | None, as_json: bool) -> None:
+    """What is in a finished folder: tokens, bytes per position, kept mass; or one record's targets."""
+    if not (folder / "manifest.json").exists():
+        raise InputError(f"{folder} is no finished folder: it has no manifest.json.")
+    inspection = importlib.import_module("pipeline.reporting.inspection")
+    if record is not None:
+        shown = inspection.record(folder, record)
+        click.echo(json.dumps(shown) if as_json else inspection.record_as_text(folder, record))
+    elif read_manifest(folder)["stage"] == "cache-teacher":
+        shown = inspection.cache(folder)
+        click.echo(json.dumps(shown) if as_json else inspection.as_text(shown))
+    else:
+        shown = read_manifest(folder)["summary"]
+        click.echo(json.dumps(shown) if as_json else inspection.as_text(shown))
+
+
+def _publish(runner: Runner, report: dict[str, Any]) -> None:
+    """Put the evaluation's results under the experiment's name, where people look for them."""
+    if report["stage"] != "evaluate":
+        return
+    place = runner.runs / runner.experiment.name
+    place.mkdir(parents=True, exist_ok=True)
+    for file in Path(report["folder"]).iterdir():
+        if file.suffix in {".json", ".png", ".md"} and file.name not in {"manifest.json", "plan.json"}:
+            shutil.copyfile(file, place / file.name)
+
+
+def _show(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    table = Path(report["folder"]) / "table.md"
+    if table.exists():
+        click.echo(table.read_text(encoding="utf-8"))
+    else:
+        click.echo(f"{report['stage']}: {report['state']}\n{report['folder']}")
+        for key, value in report["summary"].items():
+            click.echo(f"  {key}: {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
