@@ -51,6 +51,8 @@ class Dataset(Named):
     """A file in pipeline/datasets/."""
     limit: Positive | None = None
     """Take only the first so many records."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Leave out the first so many."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How much each of its records counts in the objective."""
     incomplete: Literal["stop", "drop"] = "stop"

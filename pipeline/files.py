@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all."""
 
+import glob
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -58,6 +60,15 @@ def read_json(path: Path) -> Any:
         raise DamageError(f"{path} is damaged: {error}. Run `pipeline verify` on its folder.") from None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_text(path: Path, text: str) -> None:
+    with appears_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of the file's bytes, the same as `sha256sum` prints."""
     digest = hashlib.sha256()
@@ -65,6 +76,16 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def files_named(pattern: str) -> list[Path]:
+    """The files that `path:` in a YAML names: a file, a glob, or package:NAME/FILE inside an installed Python package."""
+    if pattern.startswith("package:"):
+        package, _, inside = pattern.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        places = list(spec.submodule_search_locations or []) if spec else []
+        return [Path(place) / inside for place in places if (Path(place) / inside).is_file()]
+    return [Path(file) for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
 
 
 def _sync(path: Path) -> None:

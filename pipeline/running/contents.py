@@ -4,16 +4,14 @@ A thing is hashed again only when its device, inode, size, mtime or ctime change
 remembered hash stands for it, so that what was built from it is still found.
 """
 
-import glob
 import hashlib
-import importlib.util
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import read_json, sha256_of, write_json
+from pipeline.files import files_named, read_json, sha256_of, write_json
 
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|.*\.model)")
 NOT_CONTENT = re.compile(r"(\..*|.*\.md)")
@@ -64,16 +62,6 @@ class Contents:
         self._remembered[key] = {"content": f"sha256:{digest.hexdigest()}", "size": size, "stats": stats}
         write_json(self._file, self._remembered)
         return str(self._remembered[key]["content"])
-
-
-def files_named(pattern: str) -> list[Path]:
-    """The files that `path:` in a YAML names: a file, a glob, or package:NAME/FILE inside an installed Python package."""
-    if pattern.startswith("package:"):
-        package, _, inside = pattern.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        places = list(spec.submodule_search_locations or []) if spec else []
-        return [Path(place) / inside for place in places if (Path(place) / inside).is_file()]
-    return [Path(file) for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
 
 
 def model_folder(model: str, runs: Path) -> Path:

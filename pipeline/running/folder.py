@@ -43,6 +43,10 @@ class RunFolder:
         """The names of all pieces whose files are what their commit says, in order."""
         return [name for name in _commit_names(self.path) if self._stands(name)]
 
+    def names(self) -> list[str]:
+        """The names of all pieces that have a commit, in order, unchecked."""
+        return _commit_names(self.path)
+
     def info(self, name: str) -> dict[str, Any]:
         """What was said of a piece when it was committed."""
         return dict(_read_commit(self.path, name)["info"])
@@ -75,6 +79,10 @@ class RunFolder:
         body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity}
         body |= {"files": files, "summary": summary, "machine": machine}
         write_json(self.path / "manifest.json", body | {"self": _self_hash(body)})
+        for name in _commit_names(self.path):
+            # what only served to go on after a kill has served
+            if all(file.startswith(SCRATCH) for file in _read_commit(self.path, name)["files"]):
+                self.withdraw(name)
 
     def _stands(self, name: str) -> bool:
         try:

@@ -40,10 +40,7 @@ class Inputs:
             return model
         folder = model_folder(model, self.runs)
         if not folder.is_dir():
-            raise InputError(
-                f"No model folder is at {folder}, and this stage has to read it. "
-                "Put it back, or give a hub id together with `revision` (the commit, 40 hexadecimal digits)."
-            )
+            raise InputError(f"No model folder is at {folder}, and this stage has to read it. Put it back, or give a hub id together with `revision` (the commit, 40 hexadecimal digits).")
         return str(folder)
 
 
@@ -115,7 +112,9 @@ class Runner:
         for need in self.needs(stage):
             if not self.is_finished(need):
                 if not need.on_the_way:
-                    raise NotFinished(f"{name} needs {need.name}, which has not finished for this experiment.{self._hint(need)}\nRun `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER.")
+                    raise NotFinished(
+                        f"{name} needs {need.name}, which has not finished for this experiment.{self._hint(need)}\nRun `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER."
+                    )
                 self.run(need.name)
         inputs = Inputs({need.name: FinishedFolder(self.folder(need)) for need in self.needs(stage)}, self.runs)
         sections = {section: getattr(self._settings(stage), section) for section in stage.reads}

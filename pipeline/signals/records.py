@@ -60,9 +60,7 @@ class Record:
         """One record per option, with the option as the answer; the record itself where it already answers with that option."""
         *before, last = self.segments
         return [
-            self
-            if option == last.text
-            else replace(self, id=f"{self.id}#choice{i}", segments=(*before, Segment("assistant", option)), choice_of=self.id, options=None, answer_index=None)
+            self if option == last.text else replace(self, id=f"{self.id}#choice{i}", segments=(*before, Segment("assistant", option)), choice_of=self.id, options=None, answer_index=None)
             for i, option in enumerate(self.options or ())
         ]
 

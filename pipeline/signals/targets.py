@@ -3,7 +3,8 @@
 From `strongest` on these are natural logarithms of probabilities at temperature 1 over the whole vocabulary.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -39,39 +40,68 @@ class Kept:
 def strongest(logits: Tensor, realised: Tensor, keep: int, temperatures: list[float]) -> Kept:
     """Keep the `keep` strongest tokens per position; ties at the cut by the lower id.
 
-    logits: [N, V], any float type (-inf: a row of the head that is no token); overwritten where it is float32.
-    realised: int64 [N], the ids that follow. NumericsError, naming the row in `.args[1]`, if a logit is NaN or +inf or all are -inf.
+    logits: [N, V], any float type (-inf: no token). realised: int64 [N], the ids that follow.
+    NumericsError, naming the row in `.args[1]`, if a logit is NaN or +inf or all are -inf.
     """
-    logits = logits.float()
-    normaliser = logits.logsumexp(-1)  # [N]
-    # a NaN or +inf anywhere, or nothing finite, shows in the normaliser
-    wrong = ~normaliser.isfinite()
+    rows = len(logits) if logits.is_cuda else CPU_ROWS
+    space = torch.empty((2, rows, logits.shape[-1]), dtype=torch.float32, device=logits.device)
+    return concatenated([_strongest(logits[i : i + rows], realised[i : i + rows], keep, temperatures, space, i) for i in range(0, len(logits), rows)])
+
+
+def concatenated(parts: list[Kept]) -> Kept:
+    """Chunk after chunk, as one."""
+    return Kept(*(torch.cat([getattr(part, field.name) for part in parts], dim=1 if field.name == "rests" else 0) for field in fields(Kept)))
+
+
+CPU_ROWS = 2
+"""Positions that are worked on at once on a CPU, so that the many passes over them find them in its cache."""
+
+
+def _strongest(logits: Tensor, realised: Tensor, keep: int, temperatures: list[float], space: Tensor, first: int) -> Kept:
+    shifted, power = space[:, : len(logits)]
+    highest = logits.amax(-1, keepdim=True).float()  # NaN if there is one
+    wrong = ~highest.isfinite()[:, 0]
     if wrong.any():
-        raise NumericsError("the logits are not finite", int(wrong.nonzero()[0, 0]))
-    keep = min(keep, logits.shape[-1])
-    logprobs = logits.sub_(normaliser[:, None])
-    realised_logprob = logprobs.gather(-1, realised[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-    ids = _top(logprobs, keep)
-    kept = logprobs.gather(-1, ids)
-    logprobs.scatter_(-1, ids, -torch.inf)
-    rests = torch.stack([(logprobs / temperature).logsumexp(-1) for temperature in temperatures])
-    return Kept(ids, kept, rests, realised_logprob, entropy)
+        raise NumericsError("the logits are not finite", first + int(wrong.nonzero()[0, 0]))
+    torch.sub(logits, highest, out=shifted).clamp_(min=-1e30)  # -inf * 0 would be NaN
+    ids = _top(shifted, min(keep, shifted.shape[-1]))
+    kept = shifted.gather(-1, ids)
+    follows = shifted.gather(-1, realised[:, None])[:, 0]
+
+    # from the highest temperature down to 1: squaring is cheaper than another exponential, and loses nothing to underflow
+    rests: list[Tensor] = []
+    for i, temperature in enumerate(reversed(temperatures)):
+        squarings = math.log2(temperatures[-i] / temperature) if i else 0.5
+        if squarings.is_integer():
+            for _ in range(int(squarings)):
+                power.square_()
+        else:
+            torch.exp(torch.div(shifted, temperature, out=power), out=power).scatter_(-1, ids, 0.0)
+        rests.insert(0, power.sum(-1))
+    strong = kept.exp()
+    total = rests[0] + strong.sum(-1)
+    normaliser = total.log()
+    expected = (power.mul_(shifted).sum(-1) + (strong * kept).sum(-1)) / total
+    logs = torch.stack([rest.log() - normaliser / temperature for rest, temperature in zip(rests, temperatures, strict=True)])
+    return Kept(ids, kept - normaliser[:, None], logs, follows - normaliser, normaliser - expected)
+
+
+BLOCK = 64
 
 
 def _top(values: Tensor, keep: int) -> Tensor:
-    """int64 [N, keep]: the ids of the largest values, (value descending, id ascending): a total order, unlike topk's own."""
-    found, ids = values.topk(keep, sorted=True)
-    last = found[:, -1:]
-    tied = (values >= last).sum(-1) > keep
-    # inside the kept ones, equal values are put in the order of their ids
-    order = ids.argsort(-1)
-    order = order.gather(-1, found.gather(-1, order).argsort(-1, descending=True, stable=True))
-    ids = ids.gather(-1, order)
-    for row in tied.nonzero()[:, 0].tolist():
-        candidates = (values[row] >= last[row]).nonzero()[:, 0]
-        ids[row] = candidates[values[row][candidates].argsort(descending=True, stable=True)][:keep]
-    return ids
+    """int64 [N, keep]: the ids of the largest values, (value descending, id ascending): a total order, unlike topk's own.
+
+    Whatever is among the `keep` first lies in one of the `keep` blocks whose maxima come first in that order: every other
+    block has that many elements before all of its own.
+    """
+    odd = -values.shape[-1] % BLOCK
+    padded = torch.nn.functional.pad(values, (0, odd), value=-torch.inf) if odd else values
+    blocks = padded.unflatten(-1, (-1, BLOCK))
+    chosen = blocks.amax(-1).sort(dim=-1, descending=True, stable=True).indices[:, :keep].sort(dim=-1).values
+    candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    inside = candidates.sort(dim=-1, descending=True, stable=True).indices[:, :keep]
+    return chosen.gather(-1, inside // BLOCK) * BLOCK + inside % BLOCK
 
 
 def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperature: float) -> np.ndarray:

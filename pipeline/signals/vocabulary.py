@@ -1,5 +1,6 @@
 """What bytes each token stands for, read from tokenizer.json alone. Never compare tokens by their vocabulary strings."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +37,14 @@ class Vocabulary:
     def lengths(self) -> np.ndarray:
         """int32 [V]: bytes per token."""
         return np.array([len(token) for token in self.token_bytes], dtype=np.int32)
+
+    def digest(self) -> str:
+        """SHA-256 over every token's bytes and role."""
+        digest = hashlib.sha256()
+        for token, special in zip(self.token_bytes, self.special.tolist(), strict=True):
+            digest.update(len(token).to_bytes(4, "big") + token + bytes([special]))
+        return digest.hexdigest()
+
 
 def vocabulary_of(tokenizer: dict[str, Any], end_ids: tuple[int, ...] = ()) -> Vocabulary:
     """From the parsed tokenizer.json. InputError if its tokens' bytes cannot be known."""
@@ -78,8 +87,7 @@ def _style(tokenizer: dict[str, Any]) -> str:
     if kinds & {"ByteFallback", "Metaspace"}:
         return "sentencepiece"
     raise InputError(
-        "This tokenizer is neither byte-level (GPT-2, Llama 3, Qwen) nor SentencePiece-like (Gemma, Llama 2, Mistral), "
-        "so the bytes of its tokens are not known. Choose a model with such a tokenizer."
+        "This tokenizer is neither byte-level (GPT-2, Llama 3, Qwen) nor SentencePiece-like (Gemma, Llama 2, Mistral), so the bytes of its tokens are not known. Choose a model with such a tokenizer."
     )
 
 

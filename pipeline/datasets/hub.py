@@ -1,0 +1,20 @@
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+
+from pipeline.datasets._rows import Row, mapped
+from pipeline.errors import InputError
+
+
+def hub(*, repo: str, revision: str, split: str = "train", subset: str | None = None, fields: dict[str, Any] | None = None) -> Iterator[Row]:
+    """The rows of a Hugging Face dataset at a pinned commit (40 hexadecimal digits)."""
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise InputError(f"The dataset {repo} needs `revision`, the commit as 40 hexadecimal digits; {revision!r} may be another thing tomorrow.")
+    try:
+        rows = datasets.load_dataset(repo, subset, revision=revision, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The dataset {repo} ({split}) cannot be loaded: {str(error).splitlines()[0]} Check the name, `revision`, `split` and that you are logged in.") from None
+    for number, raw in enumerate(rows):
+        yield mapped(raw, fields, f"{repo} {split} row {number}")

@@ -1,0 +1,81 @@
+"""Examples to tensors: the student's tokens side by side, and one flat row for each position that is trained on."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.signals.projection import Projected, SparseTarget, at_temperature
+from pipeline.signals.records import Tokens
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Batch:
+    ids: Tensor  # int64 [B, T]
+    rows: Tensor  # int64 [N] the answers' positions, as indices into B*T
+    realised: Tensor  # int64 [N] the tokens that follow them
+    weights: Tensor  # float32 [N]
+    record: Tensor  # int64 [N] which record a row belongs to
+    known: Tensor  # int64 [M] the rows for which there is a word of the teacher
+    teacher: SparseTarget | None  # [M, C]; None if there is none
+    tokens: int
+    """Without padding."""
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known")}
+        return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None)
+
+
+def make_batch(records: list[Tokens], projected: list[Projected | None], weights: list[float], stored: list[float], temperature: float) -> Batch:
+    """One batch; `projected` is None for records without a teacher's word. stored: the cache's temperatures."""
+    width = -(-max(len(tokens) for tokens in records) // 8) * 8
+    ids = np.zeros((len(records), width), dtype=np.int64)
+    rows, realised, known, record_of = [], [], [], []
+    first = 0
+    for b, (tokens, word) in enumerate(zip(records, projected, strict=True)):
+        ids[b, : len(tokens)] = tokens.ids
+        positions = tokens.answer_positions()
+        rows.append(b * width + positions.astype(np.int64))
+        realised.append(tokens.ids[positions + 1].astype(np.int64))
+        record_of.append(np.full(len(positions), b))
+        if word is not None:
+            known.append(first + np.searchsorted(positions, word.position))
+        first += len(positions)
+    words = [word for word in projected if word is not None and len(word.position)]
+    record = np.concatenate(record_of)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        rows=torch.from_numpy(np.concatenate(rows)),
+        realised=torch.from_numpy(np.concatenate(realised)),
+        weights=torch.from_numpy(np.asarray(weights, dtype=np.float32)[record]),
+        record=torch.from_numpy(record),
+        known=torch.from_numpy(np.concatenate([*known, np.zeros(0, dtype=np.int64)]).astype(np.int64)),
+        teacher=at_temperature(words, stored, temperature) if words else None,
+        tokens=sum(len(tokens) for tokens in records),
+    )
+
+
+def made_ahead(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """make(item) for each item, in order; `workers` threads are at most that many items ahead. 0: made when asked for."""
+    if workers == 0:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[Future[R]] = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,56 @@
+"""The weighted sum of the named losses. The one place that averages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.lookup import find, parameters
+from pipeline.training.batches import Batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loss, its weight, and what it asks for by its parameters' names: student, teacher, realised."""
+
+    name: str
+    weight: float
+    function: Callable[..., Tensor]
+    asks_for: tuple[str, ...]
+    options: dict[str, object]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return "teacher" in self.asks_for
+
+
+def parts(objective: list[tuple[str, float, dict[str, object]]]) -> list[Part]:
+    """From (name, weight, options); what weighs nothing is left out."""
+    return [Part(name, weight, find("losses", name), parameters("losses", name)[0], options) for name, weight, options in objective if weight > 0]
+
+
+def mass(batch: Batch) -> Tensor:
+    """float64 [2]: the summed weights of all rows and of those with a word of the teacher; over these is averaged."""
+    return torch.stack([batch.weights.double().sum(), batch.weights[batch.known].double().sum()])
+
+
+def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """This batch's share of the step's loss (a sum over batches gives the whole), and each part's share without its weight.
+
+    logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices.
+    """
+    everything = {"student": logits, "realised": batch.realised}
+    where_known = {"student": logits[batch.known], "realised": batch.realised[batch.known], "teacher": batch.teacher}
+    shares: dict[str, Tensor] = {}
+    whole = logits.new_zeros((), dtype=torch.float32)
+    for part in objective:
+        if part.needs_teacher and batch.teacher is None:
+            continue
+        given = where_known if part.needs_teacher else everything
+        values = part.function(*(given[name] for name in part.asks_for), **part.options)
+        weights = batch.weights[batch.known] if part.needs_teacher else batch.weights
+        share = (values * weights).sum() / total[int(part.needs_teacher)].clamp(min=1e-9).float()
+        shares[part.name] = share.detach()
+        whole = whole + part.weight * share
+    return whole, shares

@@ -1,0 +1,70 @@
+"""Teacher, student before training, control and distilled student, on the held-out split."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.benchmarks._scores import Scorer
+from pipeline.cache.projected import StudentView, read_projection
+from pipeline.cache.reader import Cache
+from pipeline.config import Evaluation, Machine, Student
+from pipeline.errors import InputError
+from pipeline.files import read_json_lines, write_json, write_text
+from pipeline.lookup import find
+from pipeline.models.heads import row_logits
+from pipeline.models.loading import device_named, load_student
+from pipeline.models.memory import PeakMemory
+from pipeline.models.scoring import CachedTeacher, StudentScorer
+from pipeline.models.tokenizers import load_tokenizer
+from pipeline.reporting.plots import plot_curves
+from pipeline.reporting.tables import results_table
+from pipeline.running.folder import RunFolder
+from pipeline.running.runner import Inputs
+
+
+def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
+    cached = inputs["cache-teacher"]
+    cache = Cache(cached.file)
+    examples = list(cache.examples("heldout"))
+    heldout = [example.record for example in examples if not example.record.choice_of]
+    if not heldout:
+        raise InputError("The cache has no held-out records to evaluate on. Give data.heldout, or a larger data.heldout.fraction.")
+    fitted = read_projection(inputs["fit-projection"].file("projection.parquet"))
+    models: dict[str, dict[str, Any]] = {}
+
+    teacher = CachedTeacher(examples)
+    cost = {key: cached.summary[key] for key in ("tokens_per_second", "peak_memory_mb")}
+    models["teacher"] = _benchmarked(teacher, evaluation, heldout) | cost
+
+    device = device_named(machine.device)
+    for name, source, revision, layers in _students(student, inputs):
+        memory = PeakMemory(device)
+        tokenizer = load_tokenizer(source, revision, cache.about["template"], name)
+        view = StudentView(cache, fitted, tokenizer.render)
+        model = load_student(source, revision, layers).to(device).eval()
+        scorer = StudentScorer(row_logits(model, name), tokenizer.render, view, examples, machine.student_micro_batch_records)
+        models[name] = _benchmarked(scorer, evaluation, heldout)
+        models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
+        del model, scorer
+
+    size = sum(entry["size"] for entry in cached.manifest["files"].values())
+    results = {"models": models, "cache": {"tokens": cached.summary["tokens"], "bytes_per_token": size / cached.summary["tokens"]}, "heldout_records": len(heldout)}
+    metrics = {name: read_json_lines(inputs[stage].file("metrics.jsonl")) for name, stage in (("distilled", "train-student"), ("sft", "train-control")) if stage in inputs}
+    write_json(out.path / "results.json", results)
+    write_text(out.path / "table.md", results_table(results))
+    plot_curves(out.path / "curves.png", metrics, results)
+    return results
+
+
+def _students(student: Student, inputs: Inputs) -> Iterator[tuple[str, str, str | None, list[int] | None]]:
+    """Name, folder or hub id, revision, layers to keep."""
+    yield "student_before", inputs.model(student.model, student.revision), student.revision, student.layers
+    if "train-control" in inputs:
+        yield "sft", str(inputs["train-control"].folder("student")), None, None
+    yield "distilled", str(inputs["train-student"].folder("student")), None, None
+
+
+def _benchmarked(model: Scorer, evaluation: Evaluation, heldout: list[Any]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for entry in evaluation.benchmarks:
+        results |= find("benchmarks", entry.benchmark)(model, heldout, **entry.options())
+    return results

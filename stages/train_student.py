@@ -1,0 +1,212 @@
+"""The cache to a student: align, project, objective, optimizer. The loop is here, in sight."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.cache.projected import StudentView, read_projection
+from pipeline.cache.reader import Cache, Place
+from pipeline.config import Machine, Student, Training
+from pipeline.errors import InputError, NumericsError
+from pipeline.files import appears_whole
+from pipeline.models.heads import row_logits
+from pipeline.models.loading import device_named, load_student
+from pipeline.models.memory import PeakMemory
+from pipeline.models.tokenizers import load_tokenizer
+from pipeline.reporting.model_card import model_card
+from pipeline.reporting.progress import Progress
+from pipeline.running.folder import RunFolder
+from pipeline.running.runner import Inputs
+from pipeline.training.batches import Batch, made_ahead, make_batch
+from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.objective import loss_of, mass, parts
+from pipeline.training.schedules import learning_rate_at, value_at
+
+KEEP_CHECKPOINTS = 2
+
+
+def run(student: Student, training: Training, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
+    accelerator = Accelerator(mixed_precision="bf16" if training.precision == "bf16" else "no", cpu=device_named(machine.device).type == "cpu")
+    memory = PeakMemory(accelerator.device)
+    cache = Cache(inputs["cache-teacher"].file)
+    source = inputs.model(student.model, student.revision)
+    tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
+    view = StudentView(cache, read_projection(inputs["fit-projection"].file("projection.parquet")), tokenizer.render)
+    objective = parts([(part.loss, part.weight, part.options()) for part in training.objective])
+    with_teacher = any(part.needs_teacher for part in objective)
+    steps = _steps(training, cache.count("train"))
+
+    model = load_student(source, student.revision, student.layers).to(accelerator.device)
+    if machine.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = row_logits(model, student.model).train()
+    optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
+
+    def batch_at(where: tuple[int, list[Place]]) -> Batch:
+        step, places = where
+        examples = [cache.example(place) for place in places]
+        tokens = [view.tokens(example) for example in examples]
+        words = [view.projected(example, rendered) if with_teacher else None for example, rendered in zip(examples, tokens, strict=True)]
+        weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for example in examples]
+        return make_batch(tokens, words, weights, cache.temperatures, _temperature(training, step, steps))
+
+    out.plan("steps", steps)
+    begin = _resume(out, module, optimizer)
+    log = Log(out.path, begin, writes=accelerator.is_main_process)
+    progress = Progress("train-student", steps, begin, "steps", silent=not accelerator.is_main_process)
+    order = Order(cache, training.seed, training.batch_records)
+    micro = ((step, places) for step in range(begin, steps) for places in _mine(order.of_step(step), machine.student_micro_batch_records, accelerator))
+    batches = made_ahead(batch_at, micro, machine.workers)
+
+    for step in range(begin, steps):
+        torch.manual_seed(_seed(training.seed, step, accelerator.process_index))
+        here = [next(batches).to(accelerator.device) for _ in _mine(order.of_step(step), machine.student_micro_batch_records, accelerator)]
+        total = torch.stack([mass(batch) for batch in here]).sum(0) if here else torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        total = accelerator.reduce(total, "sum")
+        sums = torch.zeros(len(objective) + 1, device=accelerator.device)
+        for batch in here:
+            with accelerator.autocast():
+                logits = module(batch.ids, batch.rows)
+            loss, shares = loss_of(objective, batch, logits, total)
+            loss.backward()
+            sums += torch.stack([loss.detach(), *(shares.get(part.name, loss.new_zeros(())) for part in objective)])
+        sums = accelerator.reduce(sums, "sum")
+        if accelerator.num_processes > 1:
+            _sum_gradients(model, accelerator)
+        if not torch.isfinite(sums[0]):
+            raise NumericsError(f"The loss is {sums[0].item()} at step {step + 1}. The checkpoint before it is kept. Try a lower training.learning_rate, more warmup_steps, or `precision: fp32`.")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_gradient_norm)
+        rate = training.learning_rate
+        lr = learning_rate_at(step, steps, training.warmup_steps, rate.start, rate.end, rate.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        losses = {part.name: value for part, value in zip(objective, sums[1:].tolist(), strict=True)}
+        log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=_temperature(training, step, steps), gradient_norm=float(norm))
+        progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
+        if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 == steps):
+            log.flush()
+            _checkpoint(out, step + 1, module, optimizer)
+    log.close()
+
+    if accelerator.is_main_process:
+        with appears_whole(out.path / "student") as folder:
+            model.save_pretrained(folder)
+            tokenizer.tokenizer.save_pretrained(folder)
+            identity = {"student": student.model_dump(mode="json"), "training": training.model_dump(mode="json", by_alias=True)}
+            (folder / "README.md").write_text(model_card(student.model, cache.about["teacher"] if with_teacher else None, identity), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"steps": steps, "records": cache.count("train"), "parameters": parameters, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
+
+
+class Order:
+    """Which examples an optimizer step takes: epoch after epoch in a seeded order, batches running across their ends."""
+
+    def __init__(self, cache: Cache, seed: int, batch_records: int) -> None:
+        self._cache, self._seed, self._size = cache, seed, batch_records
+        self._count = cache.count("train")
+        self._epochs: dict[int, list[Place]] = {}
+
+    def of_step(self, step: int) -> list[Place]:
+        return [self._at(index) for index in range(step * self._size, (step + 1) * self._size)]
+
+    def _at(self, index: int) -> Place:
+        epoch, inside = divmod(index, self._count)
+        if epoch not in self._epochs:
+            self._epochs = {e: places for e, places in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = self._cache.order("train", self._seed, epoch)
+        return self._epochs[epoch][inside]
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, cut back to the step that is gone on from."""
+
+    def __init__(self, folder: Path, begin: int, writes: bool) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._writes = writes
+        if writes:
+            lines = self._path.read_text(encoding="utf-8").splitlines()[:begin] if self._path.exists() else []
+            with appears_whole(self._path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        if self._writes:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        if self._writes:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            self._board.close()
+
+    def last(self) -> dict[str, float]:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._writes else []
+        return dict(json.loads(lines[-1])) if lines else {}
+
+
+def _steps(training: Training, records: int) -> int:
+    if not records:
+        raise InputError("The cache has no training records. Look at data.train, data.heldout and data.max_tokens.")
+    return training.steps or math.ceil((training.epochs or 0) * records / training.batch_records)
+
+
+def _temperature(training: Training, step: int, steps: int) -> float:
+    return value_at(step, steps, training.temperature.start, training.temperature.end, training.temperature.schedule)
+
+
+def _mine(places: list[Place], size: int, accelerator: Accelerator) -> list[list[Place]]:
+    """This process's micro-batches of a step."""
+    micro = [places[begin : begin + size] for begin in range(0, len(places), size)]
+    return micro[accelerator.process_index :: accelerator.num_processes]
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _sum_gradients(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Micro-batches may be unevenly many per process, and the loss is divided by the global mass: gradients are summed."""
+    for parameter in model.parameters():
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        parameter.grad = accelerator.reduce(gradient, "sum")
+
+
+def _seed(seed: int, step: int, process: int) -> int:
+    return int(hashlib.sha256(repr((seed, step, process)).encode()).hexdigest()[:15], 16)
+
+
+def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Go on from the newest checkpoint that is what was written; gives the number of steps done."""
+    names = out.committed()
+    if not names:
+        return 0
+    load_checkpoint(out.path / "checkpoints" / f"{names[-1]}.safetensors", module, optimizer)
+    return int(names[-1].removeprefix("step-"))
+
+
+def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    name = f"step-{step:07d}"
+    save_checkpoint(out.path / "checkpoints" / f"{name}.safetensors", module, optimizer)
+    out.commit(name, [f"checkpoints/{name}.safetensors"])
+    for old in out.names()[:-KEEP_CHECKPOINTS]:
+        out.withdraw(old)
