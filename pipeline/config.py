@@ -219,7 +219,7 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     teacher_batch_records: Positive = 8
     student_micro_batch_records: Positive = 4
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0)] = 1
     """Threads that make the next batches ready while the model computes."""
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100

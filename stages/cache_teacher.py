@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,6 @@ from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.codec import LOGPROB_ERROR
 from pipeline.signals.records import Record, Tokens
-from pipeline.signals.vocabulary import Vocabulary
 
 
 def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         device = device_named(machine.device)
         memory = PeakMemory(device)
         model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
-        head = row_logits(model, teacher.model)
         _check_vocabulary(tokenizer, model.get_output_embeddings().weight.shape[0])
+        head = row_logits(model, teacher.model, len(tokenizer.vocabulary))
         numerics = {"device": str(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records, "threads": torch.get_num_threads()}
         progress = Progress("cache-teacher", total=len(splits), done=len(splits) - len(unfinished), unit="shards")
         records = {split: read_prepared(prepared.file(f"{split}.parquet")) for split in counts}
@@ -53,7 +53,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
             kept = [example for example in rendered if example is not None]
             left_out = len(rendered) - len(kept)
             started = time.monotonic()
-            said = _said(head, [record for record, _ in kept], [tokens for _, tokens in kept], targets, tokenizer.vocabulary, machine)
+            said = _said(head, [record for record, _ in kept], [tokens for _, tokens in kept], targets, machine)
             seconds = time.monotonic() - started
             examples = [(record, tokens, word) for (record, tokens), word in zip(kept, said, strict=True)]
             files = write_shard(out.path, shard, examples, targets.logits.temperatures, keep_text=targets.text == "keep")
@@ -86,14 +86,18 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
 def _fitted(record: Record, split: str, tokenizer: RecordTokenizer, max_tokens: int) -> Iterator[tuple[Record, Tokens] | None]:
     """The record, and if it is held out the record with each other option as its answer; None for what is too long."""
     fitted = tokenizer.fit(record, max_tokens)
-    yield fitted
-    if split == "heldout" and fitted:
-        for choice in fitted[0].choices():
-            if choice is not fitted[0]:
-                yield tokenizer.fit(choice, max_tokens)
+    if fitted is None or split != "heldout" or not record.options:
+        yield fitted
+        return
+    choices = [tokenizer.fit(choice, max_tokens) for choice in fitted[0].choices() if choice is not fitted[0]]
+    if all(choices):
+        yield from (fitted, *choices)
+    else:  # without all its options it is no question that models can be compared on
+        yield replace(fitted[0], options=None, answer_index=None), fitted[1]
+        yield None
 
 
-def _said(head: RowLogits, records: list[Record], tokens: list[Tokens], targets: Targets, vocabulary: Vocabulary, machine: Machine) -> list[Any]:
+def _said(head: RowLogits, records: list[Record], tokens: list[Tokens], targets: Targets, machine: Machine) -> list[Any]:
     try:
         return said_of(
             head,
@@ -101,7 +105,6 @@ def _said(head: RowLogits, records: list[Record], tokens: list[Tokens], targets:
             everywhere=targets.positions == "all",
             keep=targets.logits.keep,
             temperatures=targets.logits.temperatures,
-            vocabulary_size=len(vocabulary),
             batch_records=machine.teacher_batch_records,
         )
     except NumericsError as error:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -49,6 +50,8 @@ def _fail(context: click.Context, message: str, status: int) -> None:
 def main(context: click.Context, runs: Path, debug: bool) -> None:
     """Run a large teacher once, keep what it says, and train any number of students from that."""
     context.obj = runs
+    # torch then asks Linux for huge pages: without them most of a CPU step's time goes into page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _experiment_options(command: Any) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -39,34 +40,36 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
     view = StudentView(cache, read_projection(inputs["fit-projection"].file("projection.parquet")), tokenizer.render)
     objective = parts([(part.loss, part.weight, part.options()) for part in training.objective])
+    order = Order(cache, training.seed, training.batch_records)
     with_teacher = any(part.needs_teacher for part in objective)
     steps = _steps(training, cache.count("train"))
 
     model = load_student(source, student.revision, student.layers).to(accelerator.device)
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = row_logits(model, student.model).train()
+    module = row_logits(model, student.model, len(tokenizer.vocabulary)).train()
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
-    def batch_at(where: tuple[int, list[Place]]) -> Batch:
-        step, places = where
-        examples = [cache.example(place) for place in places]
-        tokens = [view.tokens(example) for example in examples]
-        words = [view.projected(example, rendered) if with_teacher else None for example, rendered in zip(examples, tokens, strict=True)]
-        weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for example in examples]
-        return make_batch(tokens, words, weights, cache.temperatures, _temperature(training, step, steps))
+    def batches_of(step: int) -> list[Batch]:
+        """This process's micro-batches of a step, records of like length together."""
+        examples = [cache.example(place) for place in order.of_step(step)[accelerator.process_index :: accelerator.num_processes]]
+        rendered = sorted(((view.tokens(example), example) for example in examples), key=lambda pair: len(pair[0]))
+        batches = []
+        for begin_at in range(0, len(rendered), machine.student_micro_batch_records):
+            micro = rendered[begin_at : begin_at + machine.student_micro_batch_records]
+            words = [view.projected(example, tokens) if with_teacher else None for tokens, example in micro]
+            weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
+            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, _temperature(training, step, steps)))
+        return batches
 
     out.plan("steps", steps)
     begin = _resume(out, module, optimizer)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student", steps, begin, "steps", silent=not accelerator.is_main_process)
-    order = Order(cache, training.seed, training.batch_records)
-    micro = ((step, places) for step in range(begin, steps) for places in _mine(order.of_step(step), machine.student_micro_batch_records, accelerator))
-    batches = made_ahead(batch_at, micro, machine.workers)
 
-    for step in range(begin, steps):
+    for step, batches in zip(range(begin, steps), made_ahead(batches_of, range(begin, steps), machine.workers), strict=True):
         torch.manual_seed(_seed(training.seed, step, accelerator.process_index))
-        here = [next(batches).to(accelerator.device) for _ in _mine(order.of_step(step), machine.student_micro_batch_records, accelerator)]
+        here = [batch.to(accelerator.device) for batch in batches]
         total = torch.stack([mass(batch) for batch in here]).sum(0) if here else torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         total = accelerator.reduce(total, "sum")
         sums = torch.zeros(len(objective) + 1, device=accelerator.device)
@@ -115,9 +118,11 @@ class Order:
         self._cache, self._seed, self._size = cache, seed, batch_records
         self._count = cache.count("train")
         self._epochs: dict[int, list[Place]] = {}
+        self._lock = Lock()
 
     def of_step(self, step: int) -> list[Place]:
-        return [self._at(index) for index in range(step * self._size, (step + 1) * self._size)]
+        with self._lock:
+            return [self._at(index) for index in range(step * self._size, (step + 1) * self._size)]
 
     def _at(self, index: int) -> Place:
         epoch, inside = divmod(index, self._count)
@@ -168,12 +173,6 @@ def _steps(training: Training, records: int) -> int:
 
 def _temperature(training: Training, step: int, steps: int) -> float:
     return value_at(step, steps, training.temperature.start, training.temperature.end, training.temperature.schedule)
-
-
-def _mine(places: list[Place], size: int, accelerator: Accelerator) -> list[list[Place]]:
-    """This process's micro-batches of a step."""
-    micro = [places[begin : begin + size] for begin in range(0, len(places), size)]
-    return micro[accelerator.process_index :: accelerator.num_processes]
 
 
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

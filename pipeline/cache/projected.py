@@ -42,7 +42,8 @@ class StudentView:
             )
         if cache.about["text"] != "keep" and fitted.method != "identity":
             raise InputError(
-                "This cache was made with `targets.text: omit`, so a student with another tokenizer cannot read its records. Choose a student with the teacher's tokenizer, or make the cache with `text: keep`."
+                "This cache was made with `targets.text: omit`, so a student with another tokenizer cannot read its records. "
+                "Choose a student with the teacher's tokenizer, or make the cache with `text: keep`."
             )
         self.cache = cache
         self._projection = fitted.projection

@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -62,7 +63,7 @@ class Cache:
     def examples(self, split: str) -> Iterator[Example]:
         """All of a split, in stored order; one shard in memory."""
         for shard in self.shards(split):
-            yield from self._decode(shard)
+            yield from self.of_shard(shard)
 
     def order(self, split: str, seed: int, epoch: int) -> list[Place]:
         """Where an epoch's examples lie, one after another. No generator's state: only hashes of (seed, epoch, place)."""
@@ -82,13 +83,14 @@ class Cache:
         shard, row = place
         with self._lock:
             if shard not in self._open:
-                self._open[shard] = self._decode(shard)
+                self._open[shard] = self.of_shard(shard)
                 while len(self._open) > WINDOW + 1:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)
             return self._open[shard][row]
 
-    def _decode(self, shard: int) -> list[Example]:
+    def of_shard(self, shard: int) -> list[Example]:
+        """One shard's examples, in stored order. DamageError if it is not what was written."""
         records = read_table(self._file(f"records-{shard:05d}.parquet"), RECORDS)
         logits = read_table(self._file(f"logits-{shard:05d}.parquet"), logits_schema(self.temperatures))
         if records["id"].to_pylist() != logits["record"].to_pylist() or len(records) != self.about["shards"][shard]["records"]:
@@ -162,4 +164,4 @@ def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
     values = lists.values.to_numpy(zero_copy_only=False)
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[a:b] for a, b in pairwise(offsets)]

@@ -25,8 +25,7 @@ def jsonl(*, path: str, fields: dict[str, Any] | None = None) -> Iterator[Row]:
 
 
 def _lines(file: Path, fields: dict[str, Any] | None) -> Iterator[Row]:
-    opened = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-    with opened as lines:
+    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 where = f"{file} line {number}"

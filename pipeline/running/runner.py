@@ -113,7 +113,8 @@ class Runner:
             if not self.is_finished(need):
                 if not need.on_the_way:
                     raise NotFinished(
-                        f"{name} needs {need.name}, which has not finished for this experiment.{self._hint(need)}\nRun `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER."
+                        f"{name} needs {need.name}, which has not finished for this experiment.{self._hint(need)}\n"
+                        f"Run `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER."
                     )
                 self.run(need.name)
         inputs = Inputs({need.name: FinishedFolder(self.folder(need)) for need in self.needs(stage)}, self.runs)

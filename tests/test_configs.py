@@ -1,0 +1,99 @@
+"""Every YAML in configs/ is valid, and a wrong one is told where it is wrong and what would be right."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_experiment
+from pipeline.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+SMALL = """
+name: small
+data: {train: [{dataset: jsonl, path: a.jsonl}]}
+teacher: {model: t}
+student: {model: s}
+training: {steps: 10}
+"""
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.relative_to(CONFIGS).as_posix())
+def test_every_config_is_valid(file: Path):
+    load_experiment(file)
+
+
+def error_of(tmp_path: Path, text: str, *changes: str) -> str:
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_experiment(file, list(changes))
+    assert raised.value.exit_status == 2
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("steps: 10", "step: 10, steps: 5", ["e.yaml:6", "training.step", "did you mean 'steps'"]),
+        ("teacher:", "techer:", ["e.yaml:4", "techer", "did you mean 'teacher'", "'teacher' is missing"]),
+        ("steps: 10", "steps: ten", ["e.yaml:6", "training.steps", "'ten'"]),
+        ("steps: 10", "steps: '10'", ["training.steps", "'10'"]),
+        ("steps: 10", "steps: 0", ["training.steps"]),
+        ("steps: 10", "steps: 10, epochs: 1", ["either steps or epochs"]),
+        ("dataset: jsonl", "dataset: jsonn", ["e.yaml:3", "did you mean 'jsonl'"]),
+        ("path: a.jsonl", "path: a.jsonl, feilds: {}", ["e.yaml:3", "no option 'feilds'", "did you mean 'fields'"]),
+        ("{dataset: jsonl, path: a.jsonl}", "{dataset: jsonl}", ["needs the option 'path'"]),
+        ("steps: 10", "steps: 10, objective: [{loss: forwrd_kl}]", ["did you mean 'forward_kl'"]),
+        ("steps: 10", "steps: 10, temperature: {from: 8, too: 1}", ["training.temperature.too", "did you mean 'to'"]),
+        ("steps: 10", "steps: 10, temperature: {from: 8, to: 0, schedule: exponential}", ["exponential"]),
+        ("{model: t}", "{model: t, quantization: int4}", ["e.yaml:4", "teacher.quantization", "nf4"]),
+        ("{model: t}", "{model: t, revision: main}", ["teacher.revision"]),
+        ("{model: t}", "{model: t, model: u}", ["e.yaml:4", "given twice"]),
+        ("{model: t}", "{model: no}", ["teacher.model"]),
+        ("name: small", "name: ../up", ["name"]),
+        ("name: small", "name: [", ["no YAML"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_place_and_the_way_out(tmp_path: Path, old: str, new: str, wanted: list[str]):
+    assert old in SMALL
+    message = error_of(tmp_path, SMALL.replace(old, new))
+    assert all(part in message for part in wanted), message
+
+
+def test_set_changes_nested_settings_and_entries_of_lists(tmp_path: Path):
+    file = tmp_path / "e.yaml"
+    file.write_text(SMALL)
+    changed = load_experiment(file, ["training.learning_rate=1e-4", "data.train.0.limit=5", "teacher.quantization=int8", "training.temperature.from=8", "training.temperature.to=1"])
+    assert changed.training.learning_rate.start == 1e-4
+    assert changed.data.train[0].limit == 5
+    assert changed.teacher.quantization == "int8"
+    assert (changed.training.temperature.start, changed.training.temperature.end) == (8, 1)
+
+
+def test_a_wrong_set_is_named(tmp_path: Path):
+    assert "--set training.stepz=5" in error_of(tmp_path, SMALL, "training.stepz=5")
+    assert "section.key=value" in error_of(tmp_path, SMALL, "training.steps")
+    assert "no entry 3" in error_of(tmp_path, SMALL, "data.train.3.limit=5")
+
+
+def test_extends_merges_deeply_and_errors_point_into_the_right_file(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(SMALL)
+    file = tmp_path / "over.yaml"
+    file.write_text("extends: base.yaml\nname: over\ntraining: {learning_rate: 1e-3}\n")
+    experiment = load_experiment(file)
+    assert (experiment.name, experiment.training.steps, experiment.training.learning_rate.end) == ("over", 10, 1e-3)
+    (tmp_path / "base.yaml").write_text(SMALL.replace("steps: 10", "stepz: 10"))
+    with pytest.raises(ConfigError, match=r"base\.yaml:6"):
+        load_experiment(file)
+    file.write_text("extends: over.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_experiment(file)
+
+
+def test_the_control_has_the_same_total_weight_and_no_teacher(tmp_path: Path):
+    file = tmp_path / "e.yaml"
+    file.write_text(SMALL)
+    control = load_experiment(file, ["training.temperature=4"]).without_teacher().training
+    assert [(part.loss, part.weight) for part in control.objective] == [("cross_entropy", 1.0)]
+    assert control.temperature.start == control.temperature.end == 1.0
