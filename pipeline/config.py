@@ -142,6 +142,10 @@ class Schedule(Section):
     end: float = Field(alias="to", ge=0)
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
 
+    @classmethod
+    def constant(cls, value: float) -> "Schedule":
+        return cls.model_validate({"from": value, "to": value, "schedule": "constant"})
+
     @model_validator(mode="after")
     def _check(self) -> "Schedule":
         if self.schedule == "exponential" and self.end <= 0:
@@ -174,7 +178,7 @@ class Objective(Named):
 
 class Training(Section):
     objective: Annotated[list[Objective], Field(min_length=1)] = [Objective(loss="forward_kl", weight=0.7), Objective(loss="cross_entropy", weight=0.3)]
-    temperature: Scheduled = Schedule(**{"from": 1.0, "to": 1.0, "schedule": "constant"})
+    temperature: Scheduled = Schedule.constant(1.0)
     specialty_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Factor on the records of a specialty; 1 for those not named."""
     steps: Positive | None = None
@@ -182,7 +186,7 @@ class Training(Section):
     """Instead of steps: passes over the training records."""
     batch_records: Positive = 16
     """Records in one optimizer step, over all devices."""
-    learning_rate: Scheduled = Schedule(**{"from": 1e-5, "to": 1e-5, "schedule": "constant"})
+    learning_rate: Scheduled = Schedule.constant(1e-5)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -192,6 +196,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
+        if min(self.temperature.start, self.temperature.end) < 1:
+            raise ValueError("temperature must be at least 1 throughout: the cache holds the unkept mass at 1 and above")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         if not any(part.weight > 0 for part in self.objective):
@@ -248,8 +254,7 @@ class Experiment(Section):
         rest = [part for part in self.training.objective if part.weight > 0 and not part.needs_teacher()] or [Objective(loss="cross_entropy")]
         share = total / sum(part.weight for part in rest)
         rest = [part.model_copy(update={"weight": part.weight * share}) for part in rest]
-        constant = Schedule(**{"from": 1.0, "to": 1.0, "schedule": "constant"})
-        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": constant})})
+        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": Schedule.constant(1.0)})})
 
 
 # --- from YAML ---------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ STAGES = (
         version=1,
         reads=("student", "training"),
         needs=("cache-teacher", "fit-projection"),
+        parallel=True,
         help="Train a student from the cache.",
     ),
     Stage(
@@ -43,6 +44,7 @@ STAGES = (
         reads=("student", "training"),
         needs=("cache-teacher", "fit-projection"),
         on_the_way=True,
+        parallel=True,
         help="The same student, steps and data without the teacher (SFT only).",
     ),
     Stage(

@@ -40,7 +40,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
         memory = PeakMemory(device)
         tokenizer = load_tokenizer(source, revision, cache.about["template"], name)
         view = StudentView(cache, fitted, tokenizer.render)
-        model = load_student(source, revision, layers).to(device).eval()
+        model = load_student(source, revision, layers, device).eval()
         scorer = StudentScorer(row_logits(model, name, len(tokenizer.vocabulary)), tokenizer.render, view, examples, machine.student_micro_batch_records)
         models[name] = _benchmarked(scorer, evaluation, heldout)
         models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}

@@ -44,7 +44,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     with_teacher = any(part.needs_teacher for part in objective)
     steps = _steps(training, cache.count("train"))
 
-    model = load_student(source, student.revision, student.layers).to(accelerator.device)
+    model = load_student(source, student.revision, student.layers, accelerator.device)
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = row_logits(model, student.model, len(tokenizer.vocabulary)).train()

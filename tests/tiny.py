@@ -1,6 +1,6 @@
 """Makes what configs/tiny.yaml names: two tiny random models with different tokenizers, and some text.
 
-    python tests/tiny.py FOLDER
+python tests/tiny.py FOLDER
 """
 
 import json

@@ -68,7 +68,7 @@ def _row(record: Record, keep_text: bool) -> dict[str, Any]:
 
 def _lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
     offsets = np.cumsum([0, *(len(part) for part in parts)])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(parts), kind))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(parts) if parts else [], kind))
 
 
 def _write(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:

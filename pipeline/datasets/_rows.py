@@ -42,7 +42,7 @@ def record_of_row(row: Row, source: str, weight: float) -> Record:
     if row.problem:
         raise InputError(f"{row.where} {row.problem}")
     get = row.fields.get
-    options = _options(get("options"))
+    options = _options(get("options"), row.where)
     index = _index(get("answer_index"), options, row.where)
     segments = _from_messages(get("messages"), row.where)
     if not segments:
@@ -88,10 +88,15 @@ def _value(raw: Any, source: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    """Several fields' texts are put one below the other."""
+    if isinstance(value, list):
+        return "\n\n".join(filter(None, map(_text, value)))
     return "" if value is None else str(value).strip()
 
 
-def _options(value: Any) -> tuple[str, ...] | None:
+def _options(value: Any, where: str) -> tuple[str, ...] | None:
+    if isinstance(value, str):
+        raise InputError(f"{where} has its options as one text. Give a list, a mapping of letters to texts, or in `fields` a list of the fields that hold them.")
     if isinstance(value, Mapping):
         value = [value[key] for key in sorted(value)]
     options = tuple(_text(option) for option in value or ())

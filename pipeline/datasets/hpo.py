@@ -3,6 +3,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.datasets._rows import Row
 from pipeline.errors import InputError
@@ -39,7 +40,7 @@ def hpo(*, path: str, questions: str = "definition", options: int = 4) -> Iterat
         peers.setdefault(str(system[term.id]), []).append(term)
     for term in defined:
         specialty = _short(terms[str(system[term.id])].name)
-        fields = {"id": f"{term.id}:{questions}", "specialty": specialty, "group": term.id, "assistant": term.definition}
+        fields: dict[str, Any] = {"id": f"{term.id}:{questions}", "specialty": specialty, "group": term.id, "assistant": term.definition}
         if questions == "definition":
             yield Row(f"{files[0]} {term.id}", fields | {"user": f"What is {term.name}?"})
             continue

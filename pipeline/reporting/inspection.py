@@ -12,9 +12,10 @@ from pipeline.cache.reader import Cache, Example
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json
 from pipeline.running.folder import FinishedFolder
+from pipeline.signals.codec import LOGPROB_ERROR
 
-EXCESS_MASS = 2e-3
-"""By which the decoded probabilities of a position may differ from 1: what the codec's error can add up to."""
+ROUNDING = 1e-4
+"""By which the probabilities of a position may differ from 1 beside what the codec's error adds up to."""
 
 
 def cache(folder: Path) -> dict[str, Any]:
@@ -126,8 +127,10 @@ def _implausible(example: Example, vocabulary_size: int) -> str | None:
     if len(targets.ids) and not 0 <= targets.ids.min() <= targets.ids.max() < vocabulary_size:
         return f"has tokens that are not in the vocabulary in record {example.record.id}"
     owner = np.repeat(np.arange(len(targets.kept)), targets.kept)
-    mass = np.bincount(owner, np.exp(targets.logprobs.astype(np.float64)), len(targets.kept)) + np.exp(targets.rests[0].astype(np.float64))
-    if not np.all(np.abs(mass - 1) < EXCESS_MASS):
+    logprobs = np.maximum(targets.logprobs.astype(np.float64), -1e3)
+    mass = np.bincount(owner, np.exp(logprobs), len(targets.kept)) + np.exp(targets.rests[0].astype(np.float64))
+    allowed = LOGPROB_ERROR * np.bincount(owner, np.exp(logprobs) * np.abs(logprobs), len(targets.kept)) + ROUNDING
+    if not np.all(np.abs(mass - 1) < allowed):
         return f"has a position in record {example.record.id} whose probabilities do not sum to 1"
     return None
 

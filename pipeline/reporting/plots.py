@@ -27,10 +27,10 @@ def plot_curves(path: Path, metrics: dict[str, list[dict[str, float]]], results:
         axis.set(xlabel="optimizer step", ylabel="nats", title=f"training: {loss}")
         axis.legend(frameon=False)
     for axis, (key, title) in zip(axes[len(losses) :], bars, strict=True):
-        rows = {name: row[key] for name, row in results["models"].items() if row.get(key) is not None}
-        found = axis.bar(range(len(rows)), list(rows.values()), color=[COLOURS[name] for name in rows])
+        heights = {name: row[key] for name, row in results["models"].items() if row.get(key) is not None}
+        found = axis.bar(range(len(heights)), list(heights.values()), color=[COLOURS[name] for name in heights])
         axis.bar_label(found, fmt="%.2f")
-        axis.set_xticks(range(len(rows)), [name.replace("_", "\n") for name in rows])
+        axis.set_xticks(range(len(heights)), [name.replace("_", "\n") for name in heights])
         axis.set(title=title)
         axis.margins(y=0.12)
     for axis in axes:

@@ -117,13 +117,17 @@ class Runner:
                         f"Run `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER."
                     )
                 self.run(need.name)
+        is_main = os.environ.get("RANK", "0") == "0"
+        if not is_main and not stage.parallel:
+            while not self.is_finished(stage):
+                time.sleep(0.2)
+            return self._report(stage, "done", FinishedFolder(folder).summary)
         inputs = Inputs({need.name: FinishedFolder(self.folder(need)) for need in self.needs(stage)}, self.runs)
         sections = {section: getattr(self._settings(stage), section) for section in stage.reads}
         function = importlib.import_module(stage.module).run
         given = sections | {"machine": self.experiment.machine, "inputs": inputs}
         wanted = inspect.signature(function).parameters
         assert set(stage.reads) <= set(wanted) <= {*given, "out"}, f"{stage.module}.run must take exactly what the stage declares"
-        is_main = os.environ.get("RANK", "0") == "0"
         out = RunFolder(folder, only_writer=is_main)
         self.say(f"{name}: {folder}")
         started = time.monotonic()
@@ -195,7 +199,7 @@ class Runner:
         return {"stage": stage.name, "folder": str(folder), "fingerprint": fingerprint(self.identity(stage)), "state": state, "summary": summary}
 
     def _machine(self, seconds: float) -> dict[str, Any]:
-        versions = {}
+        versions: dict[str, str | None] = {}
         for library in LIBRARIES:
             try:
                 versions[library] = version(library)

@@ -15,6 +15,8 @@ class Stage:
     needs: tuple[str, ...] = ()
     on_the_way: bool = False
     """Made from finished stages alone, without teacher or raw data: run when a stage that needs it is asked for."""
+    parallel: bool = False
+    """Started as several processes (accelerate launch), all take part; of another stage only the first does the work."""
     same_as: str | None = None
     """The stage whose work and folder this is, with the experiment's settings without the teacher."""
 

@@ -11,13 +11,13 @@ def align(teacher: Tokens, student: Tokens) -> tuple[np.ndarray, np.ndarray]:
 
     At such positions both have read the same content and are asked for what comes next. The end of an answer is an event
     of its own, after its last byte. A pair whose tokens begin with different bytes of the templates (" yes" against "yes")
-    is no pair. Linear in the number of tokens. Raises Mismatch if the two do not cover the same answer bytes.
+    is no pair. Linear in the number of tokens. Raises Mismatch if the two do not cover equally many bytes.
     """
-    if teacher.answer_bytes() != student.answer_bytes():
-        raise Mismatch(f"The tokens cover {teacher.answer_bytes()} and {student.answer_bytes()} bytes of the answers: they are not of the same record.")
+    if teacher.end[-1] != student.end[-1]:  # all of the content: a first answer token may reach back into the question
+        raise Mismatch(f"The tokens cover {teacher.end[-1]} and {student.end[-1]} bytes of the content: they are not of the same record.")
     events_t, tokens_t = _events(teacher)
     events_s, tokens_s = _events(student)
-    _, at_t, at_s = np.intersect1d(events_t, events_s, assume_unique=True, return_indices=True)
+    _, at_t, at_s = np.intersect1d(events_t, events_s, return_indices=True)  # of two empty answers at one byte the first
     tokens_t, tokens_s = tokens_t[at_t], tokens_s[at_s]
     same_lead = teacher.lead[tokens_t] == student.lead[tokens_s]
     return tokens_t[same_lead] - 1, tokens_s[same_lead] - 1

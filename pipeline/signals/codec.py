@@ -3,7 +3,7 @@
 import numpy as np
 
 LOGPROB_ERROR = 2.0**-11
-"""A stored log-probability differs from the true one by at most this share of it (float16; 0.008 nats at exp(-16))."""
+"""A stored log-probability differs from the true one by at most this share of it, or by 2^-25 (float16; 0.008 nats at exp(-16))."""
 SMALLEST = -65504.0
 """What is below, -inf included, is stored as this: exp of it is 0."""
 

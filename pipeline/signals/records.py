@@ -89,5 +89,5 @@ class Tokens:
 
 
 def lead_as_number(lead: bytes) -> int:
-    """A number that tells template bytes apart: equal exactly if the bytes are (up to seven of them)."""
+    """A number that tells template bytes apart: equal exactly if the bytes are (up to their last six)."""
     return int.from_bytes(b"\1" + lead[-6:], "big") if lead else 0

@@ -12,7 +12,7 @@ from pipeline.training.batches import Batch
 
 @dataclass(frozen=True)
 class Part:
-    """A loss, its weight, and what it asks for by its parameters' names: student, teacher, realised."""
+    """A loss under the name it is logged with, its weight, and what it asks for by its parameters' names: student, teacher, realised."""
 
     name: str
     weight: float
@@ -27,7 +27,13 @@ class Part:
 
 def parts(objective: list[tuple[str, float, dict[str, object]]]) -> list[Part]:
     """From (name, weight, options); what weighs nothing is left out."""
-    return [Part(name, weight, find("losses", name), parameters("losses", name)[0], options) for name, weight, options in objective if weight > 0]
+    found: list[Part] = []
+    for loss, weight, options in objective:
+        if weight > 0:
+            again = sum(part.name.startswith(loss) for part in found)
+            name = f"{loss}_{again + 1}" if again else loss
+            found.append(Part(name, weight, find("losses", loss), parameters("losses", loss)[0], options))
+    return found
 
 
 def mass(batch: Batch) -> Tensor:

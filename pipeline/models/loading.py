@@ -1,0 +1,86 @@
+"""Causal LMs from a folder or the hub: the teacher quantized, the student whole or with some of its layers."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import InputError
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def device_named(name: str) -> torch.device:
+    """auto: CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("machine.device is cuda, and torch sees no CUDA device. Use `--set machine.device=auto`, or install a CUDA build of torch.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_teacher(source: str, revision: str | None, quantization: str, double_quantization: bool, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The model for inference: NF4 or int8 through bitsandbytes (which runs on CUDA and on CPU), or as it is."""
+    compute = getattr(torch, dtype)
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quantization, bnb_4bit_compute_dtype=compute)
+    elif quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model = _load(source, revision, dtype=compute, device_map={"": device}, **options)
+    return model.eval().requires_grad_(False)
+
+
+def load_student(source: str, revision: str | None, layers: list[int] | None, device: torch.device) -> PreTrainedModel:
+    """The model in float32, with only the decoder layers that are listed."""
+    model = _load(source, revision, dtype=torch.float32)
+    if layers is not None:
+        model = keep_layers(model, layers, source)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def keep_layers(model: PreTrainedModel, layers: list[int], name: str) -> PreTrainedModel:
+    """A model of the same architecture with the listed decoder layers, in that order, and everything else as it was."""
+    text = model.config.get_text_config()
+    if not layers or min(layers) < 0 or max(layers) >= text.num_hidden_layers:
+        raise InputError(f"student.layers {layers}: {name} has the layers 0 to {text.num_hidden_layers - 1}. Name at least one of them.")
+    config = AutoConfig.for_model(**model.config.to_dict())
+    inner = config.get_text_config()
+    inner.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None):
+        inner.layer_types = [text.layer_types[layer] for layer in layers]
+    smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    blocks, new_blocks = _decoder_layers(model, name), _decoder_layers(smaller, name)
+    for new, old in enumerate(layers):
+        new_blocks[new].load_state_dict(blocks[old].state_dict())
+    prefix = next(key for key, module in model.named_modules() if module is blocks) + "."
+    others = {key: value for key, value in model.state_dict().items() if not key.startswith(prefix)}
+    missing, unexpected = smaller.load_state_dict(others, strict=False)
+    assert not unexpected
+    assert all(key.startswith(prefix) for key in missing)
+    smaller.generation_config = model.generation_config
+    return smaller
+
+
+def _decoder_layers(model: PreTrainedModel, name: str) -> torch.nn.ModuleList:
+    count = model.config.get_text_config().num_hidden_layers
+    found = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    if len(found) != 1:
+        raise InputError(f"student.layers: the decoder layers of {name} ({type(model).__name__}) were not found. Leave `layers` out.")
+    return found[0]
+
+
+def _load(source: str, revision: str | None, **options: Any) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        hint = "Check the name, `revision`, and that you are logged in to the hub." if revision else f"Is {Path(source)} a model folder with config.json and *.safetensors?"
+        raise InputError(f"The model {source} cannot be loaded: {str(error).strip().splitlines()[0]} {hint}") from None
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":  # from Rust, no importable base
+            raise InputError(f"The weights of {source} are damaged: {error}. Copy or download them again.") from None
+        raise

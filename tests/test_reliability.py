@@ -1,0 +1,302 @@
+"""Killed at any moment, damaged, or given something wrong: nothing is lost, nothing wrong is believed, and the error says what to do."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stages.cache_teacher
+from pipeline.errors import NumericsError
+from tests.conftest import CONFIG, Place
+
+SLOW_CACHE = ["--set", "data.records_per_shard=1", "--set", "machine.teacher_batch_records=1"]
+SLOW_TRAINING = ["--set", "training.steps=40", "--set", "machine.checkpoint_steps=2", "--set", "training.batch_records=24"]
+
+
+def killed_after(place: Place, commits: int, *words: str) -> Path:
+    """Start `pipeline`, kill -9 it once so many pieces are committed, and give the folder of the stage."""
+    process = place.start(*words)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list((place.path / "runs" / words[0]).glob("*/commits/*.json"))
+        if len(found) >= commits:
+            break
+        time.sleep(0.001)
+    assert process.poll() is None, f"finished before it could be killed: {process.communicate()}"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list((place.path / "runs" / words[0]).glob("*/manifest.json"))
+    return found[0].parent.parent
+
+
+def test_a_cache_killed_twice_goes_on_and_redoes_no_finished_shard(place: Place):
+    place.pipeline("prepare-data", CONFIG, *SLOW_CACHE)
+    for commits in (3, 12):
+        folder = killed_after(place, commits, "cache-teacher", CONFIG, *SLOW_CACHE)
+        row = place.json("status", CONFIG, *SLOW_CACHE)["stages"][1]
+        assert row["state"].startswith("begun ")
+        assert row["state"].endswith("shards")
+    finished = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for record in folder.glob("commits/*.json") for file in folder.glob(f"*-{record.stem}.parquet")}
+    assert len(finished) >= 20
+    place.pipeline("cache-teacher", CONFIG, *SLOW_CACHE)
+    assert finished == {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in finished}
+    assert not [file for file in folder.rglob("*") if file.name.startswith(".unfinished-")]
+
+    straight = place.path / "straight"
+    place.pipeline("--runs", str(straight), "prepare-data", CONFIG, *SLOW_CACHE)
+    place.pipeline("--runs", str(straight), "cache-teacher", CONFIG, *SLOW_CACHE)
+    files = sorted(file.name for file in folder.glob("*.parquet"))
+    assert files == sorted(file.name for file in (straight / "cache-teacher" / folder.name).glob("*.parquet"))
+    assert all((folder / file).read_bytes() == (straight / "cache-teacher" / folder.name / file).read_bytes() for file in files)
+
+
+def test_training_killed_twice_ends_with_the_same_bits(place: Place):
+    place.pipeline("prepare-data", CONFIG)
+    place.pipeline("cache-teacher", CONFIG)
+    place.pipeline("fit-projection", CONFIG)
+    shutil.copytree(place.path / "runs", place.path / "straight")
+    # a process of its own each time, with the same number of threads
+    process = place.start("--runs", "straight", "train-student", CONFIG, *SLOW_TRAINING)
+    process.communicate()
+    assert process.returncode == 0
+    for _ in range(2):
+        before = {file.name for file in (place.path / "runs" / "train-student").glob("*/commits/*.json")}
+        folder = killed_after(place, 1, "train-student", CONFIG, *SLOW_TRAINING) if not before else killed_on_change(place, before)
+    resumed = place.start("train-student", CONFIG, *SLOW_TRAINING)
+    resumed.communicate()
+    assert resumed.returncode == 0
+    other = place.path / "straight" / "train-student" / folder.name
+    one, two = (load_file(path / "student" / "model.safetensors") for path in (folder, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (folder / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+def killed_on_change(place: Place, before: set[str]) -> Path:
+    process = place.start("train-student", CONFIG, *SLOW_TRAINING)
+    while process.poll() is None:
+        now = list((place.path / "runs" / "train-student").glob("*/commits/*.json"))
+        if {file.name for file in now} - before:
+            break
+        time.sleep(0.001)
+    assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    return now[0].parent.parent
+
+
+def test_a_checkpoint_without_the_optimizer_would_be_noticed(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """The control of the test above: the same comparison sees a resume that forgets the moments."""
+    import stages.train_student as stage
+
+    for name in ("prepare-data", "cache-teacher", "fit-projection"):
+        place.pipeline(name, CONFIG)
+    shutil.copytree(place.path / "runs", place.path / "straight")
+    place.pipeline("--runs", "straight", "train-student", CONFIG)
+    real = stage._checkpoint
+
+    def fail_after_the_second(*arguments):
+        real(*arguments)
+        if arguments[1] == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_checkpoint", fail_after_the_second)
+    place.pipeline("train-student", CONFIG, status=1)
+    monkeypatch.setattr(stage, "_checkpoint", real)
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    report = place.json("train-student", CONFIG)
+    one, two = (load_file(place.path / runs / "train-student" / report["fingerprint"] / "student" / "model.safetensors") for runs in ("runs", "straight"))
+    assert not all(torch.equal(one[name], two[name]) for name in one)
+
+
+def copied(done: Place, target: Path) -> Place:
+    shutil.copytree(done.path / "runs", target / "runs")
+    (target / "tiny").symlink_to(done.path / "tiny")
+    return Place(target)
+
+
+def flip(file: Path, where: float = 0.5) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["logits-00001.parquet", "records-00001.parquet", "vocabulary.parquet", "cache.json", "commits/00001.json", "manifest.json"])
+def test_a_flipped_bit_is_found_named_and_mended_by_redoing_only_that(done: Place, tmp_path: Path, name: str):
+    place = copied(done, tmp_path / "copy")
+    folder = place.finished("cache-teacher").path
+    untouched = folder / "logits-00000.parquet"
+    before = untouched.stat().st_mtime_ns
+    flip(folder / name)
+    with pytest.raises(AssertionError, match="gave 1"):
+        place.pipeline("verify", str(folder))
+    found = json.loads(_stdout(place, "verify", str(folder), "--json"))["damaged"]
+    assert list(found) == [name]
+    _stdout(place, "verify", str(folder), "--repair")
+    place.pipeline("cache-teacher", CONFIG)
+    assert "Everything" in place.pipeline("verify", str(folder))
+    assert untouched.stat().st_mtime_ns == before
+    assert (folder / name).exists()
+
+
+def _stdout(place: Place, *words: str) -> str:
+    import os
+
+    from click.testing import CliRunner
+
+    from stages.cli import main
+
+    before = Path.cwd()
+    os.chdir(place.path)
+    try:
+        return CliRunner().invoke(main, list(words)).stdout
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(("change", "name"), [("flip", "logits-00002.parquet"), ("cut", "records-00000.parquet"), ("remove", "logits-00000.parquet"), ("swap", "logits-00000.parquet")])
+def test_training_never_sees_a_damaged_shard(done: Place, tmp_path: Path, change: str, name: str):
+    place = copied(done, tmp_path / "copy")
+    folder = place.finished("cache-teacher").path
+    if change == "flip":
+        flip(folder / name)
+    elif change == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+    elif change == "remove":
+        (folder / name).unlink()
+    else:
+        shutil.copyfile(folder / "logits-00001.parquet", folder / name)
+    message = place.pipeline("train-student", CONFIG, "--set", "training.seed=5", status=1)
+    assert name in message
+    assert "verify" in message
+
+
+def test_decoding_finds_what_hashes_cannot(done: Place, tmp_path: Path):
+    """A cache whose hashes are right and whose content is not: as a faulty writer would leave it."""
+    from pipeline.reporting.inspection import undecodable
+    from pipeline.running import folder as folders
+
+    place = copied(done, tmp_path / "copy")
+    path = place.finished("cache-teacher").path
+    assert undecodable(path) == {}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = path / "logits-00001.parquet"
+    table = pq.read_table(file)
+    rests = [[value - 1.0 for value in row] for row in table["rest_1"].to_pylist()]
+    index = table.schema.get_field_index("rest_1")
+    table = table.set_column(index, table.schema.field("rest_1"), pa.array(rests, table.schema.field("rest_1").type))
+    pq.write_table(table, file, write_page_checksum=True)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][file.name] = folders.describe(file)
+    manifest["self"] = folders._self_hash({key: value for key, value in manifest.items() if key != "self"})
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert "do not sum to 1" in undecodable(path)[file.name]
+
+
+def test_nan_logits_stop_the_cache_with_the_record_named_and_keep_what_was_done(place: Place, monkeypatch: pytest.MonkeyPatch):
+    place.pipeline("prepare-data", CONFIG)
+    real = stages.cache_teacher.said_of
+    calls = []
+
+    def breaks(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise NumericsError("the logits are not finite", 2, 7)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(stages.cache_teacher, "said_of", breaks)
+    message = place.pipeline("cache-teacher", CONFIG, status=1)
+    assert "record r" in message
+    assert "position 7" in message
+    assert "float32" in message
+    monkeypatch.setattr(stages.cache_teacher, "said_of", real)
+    assert place.json("status", CONFIG)["stages"][1]["state"].startswith("begun 2 of ")
+    place.pipeline("cache-teacher", CONFIG)
+
+
+def test_a_teacher_whose_weights_are_nan_is_refused_for_real(own: Place):
+    from safetensors.torch import save_file
+
+    weights = own.path / "tiny" / "teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    own.pipeline("prepare-data", CONFIG)
+    assert "NaN" in own.pipeline("cache-teacher", CONFIG, status=1)
+
+
+def test_an_exploding_training_stops_and_keeps_its_checkpoint(done: Place, tmp_path: Path):
+    place = copied(done, tmp_path / "copy")
+    message = place.pipeline("train-student", CONFIG, "--set", "training.learning_rate=1e30", "--set", "training.max_gradient_norm=1e30", "--set", "training.warmup_steps=0", status=1)
+    assert "learning_rate" in message
+
+
+def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch):
+    import pyarrow.parquet as pq
+
+    place.pipeline("prepare-data", CONFIG)
+    real = pq.write_table
+    calls = []
+
+    def full(table, where, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            Path(where).write_bytes(b"PAR1")
+            raise OSError(28, "No space left on device", str(where))
+        real(table, where, **options)
+
+    monkeypatch.setattr(pq, "write_table", full)
+    message = place.pipeline("cache-teacher", CONFIG, status=1)
+    assert "No space left" in message
+    assert "goes on where it stopped" in message
+    monkeypatch.setattr(pq, "write_table", real)
+    assert place.json("status", CONFIG)["stages"][1]["state"].startswith("begun 1 of ")
+    place.pipeline("cache-teacher", CONFIG)
+    assert "Everything" in place.pipeline("verify", str(place.finished("cache-teacher").path))
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["prepare-data", "no.yaml"], ["no.yaml", "cannot be read"]),
+        (["prepare-data", CONFIG, "--set", "data.train.0.path=no.jsonl"], ["no.jsonl", "No file"]),
+        (["cache-teacher", CONFIG, "--set", "teacher.model=nowhere"], ["nowhere", "revision"]),
+        (["cache-teacher", CONFIG, "--set", "data.train.0.limit=3"], ["needs prepare-data", "pipeline prepare-data", "data.train.0.limit"]),
+        (["evaluate", CONFIG, "--set", "training.seed=9"], ["needs train-student", "training.seed"]),
+        (["train-student", CONFIG, "--use", "cache-teacher=tiny"], ["tiny", "no finished folder"]),
+        (["train-student", CONFIG, "--use", "teacher=tiny"], ["there is no stage 'teacher'"]),
+        (["train-student", CONFIG, "--set", "student.layers=[0, 9]"], ["student.layers", "0 to 3"]),
+        (["prepare-data", CONFIG, "--set", "data.train.0.fields={user: question, asistant: answer}"], ["asistant"]),
+        (["prepare-data", CONFIG, "--set", "data.train.0.fields={user: question, assistant: nothing}"], ["train.jsonl line 1", "no answer", "incomplete: drop"]),
+        (["cache-teacher", CONFIG, "--set", "data.template=chat"], ["chat template", "plain"]),
+        (["inspect", "tiny"], ["tiny", "manifest.json"]),
+        (["train-student", CONFIG, "--set", "machine.device=cuda"], ["cuda"]),
+    ],
+)
+def test_bad_input_gets_one_clear_error(done: Place, tmp_path: Path, words: list[str], wanted: list[str]):
+    place = copied(done, tmp_path / "copy")
+    if "data.template=chat" in words[-1]:
+        place.pipeline("prepare-data", *words[1:])
+    if torch.cuda.is_available() and "machine.device=cuda" in words[-1]:
+        pytest.skip("there is a CUDA device")
+    if words[0] == "train-student" and any(word.startswith(("student", "machine")) for word in words):
+        words = [*words, "--set", "training.seed=77"]
+    message = place.pipeline(*words, status=2)
+    assert all(part in message for part in wanted), message
+
+
+def test_a_projection_for_another_vocabulary_is_refused(done: Place, made: Path, tmp_path: Path):
+    place = copied(done, tmp_path / "copy")
+    other = ["--set", "teacher.model=tiny/student"]
+    place.pipeline("cache-teacher", CONFIG, *other)
+    foreign = place.json("cache-teacher", CONFIG, *other)["folder"]
+    mine = place.json("fit-projection", CONFIG)["folder"]
+    message = place.pipeline("train-student", CONFIG, "--use", f"cache-teacher={foreign}", "--use", f"fit-projection={mine}", status=2)
+    assert "another teacher vocabulary" in message
