@@ -49,7 +49,7 @@ def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor) 
     everything = {"student": logits, "realised": batch.realised}
     where_known = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher}
     shares: dict[str, Tensor] = {}
-    whole = logits.new_zeros((), dtype=torch.float32)
+    whole = logits[:0].float().sum()  # 0, but of the graph: a batch without any word of the teacher can be gone back through
     for part in objective:
         if part.needs_teacher and batch.teacher is None:
             continue

@@ -16,7 +16,10 @@ from tests.models import real
 from tests.signals.dense import NASTY_TEXTS, asked, student, teacher
 
 CHAT = "{{ bos_token }}{% for message in messages %}<|user|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
-JINJA = "{{ bos_token }}{% for m in messages %}{% if m.context %}[{{ m.context }}]\n{% endif %}{% if m.role == 'assistant' %}A: {{ m.content }}{{ eos_token }}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+JINJA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.context %}[{{ m.context }}]\n{% endif %}"
+    "{% if m.role == 'assistant' %}A: {{ m.content }}{{ eos_token }}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
 DIALOGUE = Record(
     "d", (Segment("system", "Be brief."), Segment("user", "What is 12 of 100?"), Segment("assistant", "A cyst 🙂."), Segment("user", "And 12345?"), Segment("assistant", "fibrosé\n\n in 4 of 100."))
 )

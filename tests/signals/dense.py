@@ -1,6 +1,7 @@
 """What the tests of signals, projections, losses and training are held against: everything dense, in float64, in plain loops."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def tokens_of(cuts: list[int], answer_from: int, ids: list[int] | None = None, l
     """Tokens of the content 0..cuts[-1], cut there; a template token before and the answer's end after it. `lead` is the first answer token's."""
     bounds = [0, *cuts]
     rows = [(bos, 0, 0, TEMPLATE, 0)] if bos is not None else []
-    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (a, b) in enumerate(pairwise(bounds)):
         kind = ANSWER if b > answer_from else CONTENT
         rows.append((ids[n] if ids else n + 1, a, b, kind, lead if kind == ANSWER and a <= answer_from else 0))
     if end is not None:
