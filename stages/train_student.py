@@ -42,6 +42,11 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     objective = parts([(part.loss, part.weight, part.options()) for part in training.objective])
     order = Order(cache, training.seed, training.batch_records)
     with_teacher = any(part.needs_teacher for part in objective)
+    hottest = max(training.temperature.start, training.temperature.end)
+    if with_teacher and hottest > max(cache.temperatures):
+        raise InputError(
+            f"training.temperature goes up to {hottest:g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
+        )
     steps = _steps(training, cache.count("train"))
 
     model = load_student(source, student.revision, student.layers, accelerator.device)

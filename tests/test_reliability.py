@@ -276,6 +276,7 @@ def test_a_full_disk_is_one_clear_error_and_the_next_run_goes_on(place: Place, m
         (["prepare-data", CONFIG, "--set", "data.train.0.fields={user: question, asistant: answer}"], ["asistant"]),
         (["prepare-data", CONFIG, "--set", "data.train.0.fields={user: question, assistant: nothing}"], ["train.jsonl line 1", "no answer", "incomplete: drop"]),
         (["cache-teacher", CONFIG, "--set", "data.template=chat"], ["chat template", "plain"]),
+        (["train-student", CONFIG, "--set", "training.temperature=9"], ["training.temperature", "targets.logits.temperatures"]),
         (["inspect", "tiny"], ["tiny", "manifest.json"]),
         (["train-student", CONFIG, "--set", "machine.device=cuda"], ["cuda"]),
     ],

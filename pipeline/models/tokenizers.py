@@ -153,7 +153,7 @@ class RecordTokenizer:
                 text = str(self.tokenizer.apply_chat_template(messages, chat_template=today + self.tokenizer.get_chat_template(), tokenize=False, date_string=A_FIXED_DAY))
             else:
                 text = self._written.render(messages=messages, bos_token=self._bos, eos_token=self._eos)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"The template of {self.name} cannot render record {record.id}: {error}. Choose another data.template.") from None
         if [int(i) for i in _SENTINEL.findall(text)] != list(range(len(record.segments))):
             roles = ", ".join(segment.role for segment in record.segments)

@@ -62,7 +62,7 @@ class SparseTarget:
 def project(projection: Projection, targets: Targets, temperatures: list[float], vocabulary_size: int, teacher: Tokens, student: Tokens) -> Projected:
     """The record's targets at every position where the two tokenizers meet.
 
-    The realised token takes part everywhere, with its exact log-probability, whether it was among the kept ones or not.
+    The realised token takes part everywhere, whether it was among the kept ones or not.
     vocabulary_size: the teacher's, without unused rows of its head.
     """
     at_teacher, at_student = align(teacher, student)

@@ -303,6 +303,25 @@ def test_the_share_of_a_path_is_the_probability_of_the_teachers_further_tokens()
     assert found[0] == pytest.approx([0.1, 0, 0.2, 0.2, 0.5 * 0.6 * 0.7, 0.5 * (1 - 0.6 * 0.7)], abs=1e-6)
 
 
+def test_a_path_through_a_position_that_the_cache_does_not_describe_is_not_known():
+    a = tokens_of([1, 2, 3], 0, ids=[1, 2, 3], end=0)
+    b = tokens_of([3], 0, ids=[4], end=0)
+    logits = np.log(np.array([[0.1, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]))
+    targets = targets_of(logits, a, np.array([0, 2], np.int32), 4, TEMPERATURES)
+    path = Projection(np.array([0, 1, 2, 3], np.int32), realised_path=True)
+    found = dense(at_temperature([project(path, targets, TEMPERATURES, 4, a, b)], TEMPERATURES, 1.0), 5)
+    assert found[0] == pytest.approx([0.1, 0, 0.2, 0.2, 0, 0.5], abs=1e-6)
+
+
+def test_as_many_are_unkept_as_the_vocabulary_has_beyond_the_kept_and_the_realised():
+    tokens = tokens_of([1, 2], 0, ids=[1, 2], end=3)
+    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]]))
+    targets = targets_of(logits, tokens, tokens.answer_positions(), 2, TEMPERATURES)
+    projected = project(Projection(np.arange(4, dtype=np.int32)), targets, TEMPERATURES, 4, tokens, tokens)
+    assert projected.entries.tolist() == [2, 3, 3]
+    assert projected.unkept.tolist() == [2, 1, 1]
+
+
 def test_a_realised_token_that_reached_the_cache_as_no_mass_is_no_nan():
     a = tokens_of([1, 2], 0, ids=[1, 2], end=0)
     logits = np.array([[0.0, -np.inf, 0.0, 0.0]] * 3)
