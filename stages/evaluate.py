@@ -46,7 +46,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
         models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
         del model, scorer
 
-    size = sum(entry["size"] for entry in cached.manifest["files"].values())
+    size = cached.size(("records-", "logits-"))
     results = {"models": models, "cache": {"tokens": cached.summary["tokens"], "bytes_per_token": size / cached.summary["tokens"]}, "heldout_records": len(heldout)}
     metrics = {name: read_json_lines(inputs[stage].file("metrics.jsonl")) for name, stage in (("distilled", "train-student"), ("sft", "train-control")) if stage in inputs}
     write_json(out.path / "results.json", results)

@@ -19,9 +19,8 @@ ROUNDING = 1e-4
 
 
 def cache(folder: Path) -> dict[str, Any]:
-    """A cache's totals. bytes_per_position is over the logits files alone, bytes_per_token over everything in the folder."""
+    """A cache's totals. bytes_per_position is over the logits files, bytes_per_token over all shards' files; the vocabulary, once, is in neither."""
     finished = FinishedFolder(folder)
-    files = finished.manifest["files"]
     reader = Cache(finished.file)
     kept, positions, mass, entropy = 0, 0, 0.0, 0.0
     for split in ("train", "heldout"):
@@ -30,7 +29,6 @@ def cache(folder: Path) -> dict[str, Any]:
             kept += len(example.targets.ids)
             mass += float(np.exp(example.targets.logprobs.astype(np.float64)).sum())
             entropy += float(example.targets.entropy.sum())
-    logits = sum(entry["size"] for name, entry in files.items() if name.startswith("logits-"))
     tokens = finished.summary["tokens"]
     return {
         "teacher": reader.about["teacher"],
@@ -38,8 +36,8 @@ def cache(folder: Path) -> dict[str, Any]:
         "tokens": tokens,
         "positions": positions,
         "shards": len(reader.about["shards"]),
-        "bytes_per_position": round(logits / max(positions, 1), 2),
-        "bytes_per_token": round(sum(entry["size"] for entry in files.values()) / max(tokens, 1), 2),
+        "bytes_per_position": round(finished.size("logits-") / max(positions, 1), 2),
+        "bytes_per_token": round(finished.size(("records-", "logits-")) / max(tokens, 1), 2),
         "mean_kept": round(kept / max(positions, 1), 2),
         "mean_kept_mass": round(mass / max(positions, 1), 4),
         "mean_entropy": round(entropy / max(positions, 1), 4),

@@ -103,8 +103,12 @@ class FinishedFolder:
         self.summary: dict[str, Any] = self.manifest["summary"]
         self._checked: set[str] = set()
 
-    def names(self, beginning: str = "") -> list[str]:
+    def names(self, beginning: str | tuple[str, ...] = "") -> list[str]:
         return [name for name in self.manifest["files"] if name.startswith(beginning)]
+
+    def size(self, beginning: str | tuple[str, ...] = "") -> int:
+        """Bytes of the files whose names begin so."""
+        return sum(self.manifest["files"][name]["size"] for name in self.names(beginning))
 
     def file(self, name: str) -> Path:
         """The file's path, once its bytes are known to be what was written."""
