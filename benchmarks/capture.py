@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.models.heads import row_logits
+from pipeline.models.heads import RowLogits
 from pipeline.models.loading import device_named, load_teacher
 from pipeline.models.memory import PeakMemory
 from pipeline.models.teacher import CHUNK_BYTES, said_of
@@ -44,7 +44,7 @@ def main() -> None:
     device = device_named("auto")
     model = load_teacher(str(given.model), None, given.quantization, True, "bfloat16", device)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    teacher = row_logits(model, str(given.model), vocabulary)
+    teacher = RowLogits(model, vocabulary)
     records = random_records(given.records, given.length, vocabulary)
     tokens = given.records * given.length
     chunk = max(1, CHUNK_BYTES // (4 * vocabulary))

@@ -22,13 +22,13 @@ Revision = Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=False, allow_inf_nan=False)
 
 
 class Named(BaseModel):
     """An entry that names a function in one of the library's folders; every further key is an option of that function."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -116,7 +116,7 @@ class Targets(Section):
 class Student(Section):
     model: str
     revision: Revision = None
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Keep only these decoder layers of the model, in this order."""
 
 
@@ -216,7 +216,7 @@ class Benchmark(Named):
 
 
 class Evaluation(Section):
-    benchmarks: list[Benchmark] = [Benchmark(benchmark="perplexity"), Benchmark(benchmark="fidelity"), Benchmark(benchmark="multiple_choice")]
+    benchmarks: Annotated[list[Benchmark], Field(min_length=1)] = [Benchmark(benchmark="perplexity"), Benchmark(benchmark="fidelity"), Benchmark(benchmark="multiple_choice")]
     control: bool = True
     """Also train and evaluate the same student without the teacher (train-control)."""
 

@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DamageError(f"{path} is damaged: {error}. Run `pipeline verify` on its folder.") from None
+        raise DamageError(f"{path} is damaged: {error}. Remove it and run the command again, or copy it anew.") from None
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -13,9 +13,9 @@ from pipeline.cache.reader import read_prepared
 from pipeline.cache.schema import FORMAT
 from pipeline.cache.writer import write_shard, write_vocabulary
 from pipeline.config import Data, Machine, Targets, Teacher
-from pipeline.errors import InputError, NumericsError
+from pipeline.errors import NumericsError
 from pipeline.files import appears_whole, write_json
-from pipeline.models.heads import RowLogits, row_logits
+from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher
 from pipeline.models.memory import PeakMemory
 from pipeline.models.teacher import said_of
@@ -40,8 +40,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         device = device_named(machine.device)
         memory = PeakMemory(device)
         model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
-        _check_vocabulary(tokenizer, model.get_output_embeddings().weight.shape[0])
-        head = row_logits(model, teacher.model, len(tokenizer.vocabulary))
+        head = row_logits(model, teacher.model, rows_that_are_tokens(model, teacher.model, tokenizer.vocabulary))
         numerics = {"device": str(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records, "threads": torch.get_num_threads()}
         progress = Progress("cache-teacher", total=len(splits), done=len(splits) - len(unfinished), unit="shards")
         records = {split: read_prepared(prepared.file(f"{split}.parquet")) for split in counts}
@@ -58,7 +57,8 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
             examples = [(record, tokens, word) for (record, tokens), word in zip(kept, said, strict=True)]
             files = write_shard(out.path, shard, examples, targets.logits.temperatures, keep_text=targets.text == "keep")
             tokens = sum(len(tokens) for _, tokens in kept)
-            totals = {"split": split, "records": len(kept), "tokens": tokens, "positions": sum(len(word.position) for word in said), "left_out": left_out}
+            totals: dict[str, Any] = {"split": split, "records": len(kept), "tokens": tokens, "positions": sum(len(word.position) for word in said), "left_out": left_out}
+            totals["specialties"] = dict(sorted(Counter(record.specialty or "" for record, _ in kept).items()))
             out.commit(f"{shard:05d}", files, **totals, seconds=seconds, peak_memory_mb=memory.megabytes(), numerics=numerics)
             progress.advance(1, tokens)
 
@@ -77,6 +77,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "vocabulary_size": len(tokenizer.vocabulary),
         "vocabulary": tokenizer.vocabulary.digest(),
         "end_ids": list(tokenizer.vocabulary.end_ids),
+        "specialties": _specialties(committed),
         "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions")} for shard in committed],
     }
     write_json(out.path / "cache.json", about)
@@ -115,9 +116,13 @@ def _said(head: RowLogits, records: list[Record], tokens: list[Tokens], targets:
         ) from None
 
 
-def _check_vocabulary(tokenizer: RecordTokenizer, head_rows: int) -> None:
-    if len(tokenizer.vocabulary) > head_rows and any(tokenizer.vocabulary.token_bytes[head_rows:]):
-        raise InputError(f"The tokenizer of {tokenizer.name} has {len(tokenizer.vocabulary)} tokens and the model's head {head_rows} rows: they are not of the same model.")
+def _specialties(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Training records by specialty."""
+    total: Counter[str] = Counter()
+    for shard in shards:
+        if shard["split"] == "train":
+            total.update(shard["specialties"])
+    return dict(total.most_common())
 
 
 def _summary(shards: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The `pipeline` command. Imports nothing heavy: a command loads what it needs when it is called."""
 
+import errno
 import importlib
 import json
 import os
@@ -27,7 +28,8 @@ class PipelineGroup(click.Group):
         except PipelineError as error:
             _fail(context, str(error), error.exit_status)
         except OSError as error:
-            advice = "Free some space and run the command again: it goes on where it stopped." if error.errno == 28 else "Run the command again: it goes on where it stopped."
+            causes = {errno.ENOSPC: "Free some space. ", errno.EACCES: "Look at its permissions. ", errno.EROFS: "Give a folder that can be written with --runs. "}
+            advice = causes.get(error.errno or 0, "") + "The same command again goes on where it stopped."
             _fail(context, f"{error.strerror or error}: {error.filename or 'a file'}. {advice}", 1)
         except (KeyboardInterrupt, click.exceptions.Exit, click.ClickException):
             raise

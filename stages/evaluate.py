@@ -10,7 +10,7 @@ from pipeline.config import Evaluation, Machine, Student
 from pipeline.errors import InputError
 from pipeline.files import read_json_lines, write_json, write_text
 from pipeline.lookup import find
-from pipeline.models.heads import row_logits
+from pipeline.models.heads import row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
 from pipeline.models.memory import PeakMemory
 from pipeline.models.scoring import CachedTeacher, StudentScorer
@@ -41,7 +41,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
         tokenizer = load_tokenizer(source, revision, cache.about["template"], name)
         view = StudentView(cache, fitted, tokenizer.render)
         model = load_student(source, revision, layers, device).eval()
-        scorer = StudentScorer(row_logits(model, name, len(tokenizer.vocabulary)), tokenizer.render, view, examples, machine.student_micro_batch_records)
+        scorer = StudentScorer(row_logits(model, name, rows_that_are_tokens(model, name, tokenizer.vocabulary)), tokenizer.render, view, examples, machine.student_micro_batch_records)
         models[name] = _benchmarked(scorer, evaluation, heldout)
         models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
         del model, scorer

@@ -34,6 +34,8 @@ def run(data: Data, out: RunFolder) -> dict[str, Any]:
     _refuse_repeated_ids([*train, *heldout])
     if not train:
         raise InputError("No training record is left. Look at data.train (limit, skip) and data.heldout.fraction.")
+    if not heldout:
+        raise InputError("No record is held out, and evaluate needs some. Give data.heldout a larger fraction, or datasets of its own.")
     for split, records in (("train", train), ("heldout", heldout)):
         write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records])
     specialties = Counter(record.specialty or "none" for record in train)

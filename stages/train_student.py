@@ -16,7 +16,8 @@ from pipeline.cache.reader import Cache, Place
 from pipeline.config import Machine, Student, Training
 from pipeline.errors import InputError, NumericsError
 from pipeline.files import appears_whole
-from pipeline.models.heads import row_logits
+from pipeline.lookup import nearest
+from pipeline.models.heads import row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
 from pipeline.models.memory import PeakMemory
 from pipeline.models.tokenizers import load_tokenizer
@@ -47,12 +48,13 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         raise InputError(
             f"training.temperature goes up to {hottest:g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
         )
+    _check_specialties(training, cache.about["specialties"])
     steps = _steps(training, cache.count("train"))
 
     model = load_student(source, student.revision, student.layers, accelerator.device)
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = row_logits(model, student.model, len(tokenizer.vocabulary)).train()
+    module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
     def batches_of(step: int) -> list[Batch]:
@@ -70,7 +72,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     out.plan("steps", steps)
     begin = _resume(out, module, optimizer)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
-    progress = Progress("train-student", steps, begin, "steps", silent=not accelerator.is_main_process)
+    progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
 
     for step, batches in zip(range(begin, steps), made_ahead(batches_of, range(begin, steps), machine.workers), strict=True):
         torch.manual_seed(_seed(training.seed, step, accelerator.process_index))
@@ -168,6 +170,14 @@ class Log:
     def last(self) -> dict[str, float]:
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._writes else []
         return dict(json.loads(lines[-1])) if lines else {}
+
+
+def _check_specialties(training: Training, there: dict[str, int]) -> None:
+    unknown = [name for name in training.specialty_weights if name not in there]
+    if unknown:
+        raise InputError(f"training.specialty_weights: no record of the cache has the specialty '{unknown[0]}'; {nearest(unknown[0], [name for name in there if name])}")
+    if all(training.specialty_weights.get(name, 1.0) == 0 for name in there):
+        raise InputError("training.specialty_weights: every record of the cache weighs 0. Leave some specialty in.")
 
 
 def _steps(training: Training, records: int) -> int:

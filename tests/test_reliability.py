@@ -301,3 +301,52 @@ def test_a_projection_for_another_vocabulary_is_refused(done: Place, made: Path,
     mine = place.json("fit-projection", CONFIG)["folder"]
     message = place.pipeline("train-student", CONFIG, "--use", f"cache-teacher={foreign}", "--use", f"fit-projection={mine}", status=2)
     assert "another teacher vocabulary" in message
+
+
+def test_a_checkpoint_that_lacks_layers_or_has_too_many_is_refused(own: Place):
+    config = own.path / "tiny" / "teacher" / "config.json"
+    own.pipeline("prepare-data", CONFIG)
+    for layers in (3, 1):
+        settings = json.loads(config.read_text())
+        settings |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+        config.write_text(json.dumps(settings))
+        assert "model.layers." in own.pipeline("cache-teacher", CONFIG, status=2)
+
+
+def test_a_student_with_another_models_tokenizer_is_refused(own: Place):
+    for name in ("prepare-data", "cache-teacher", "fit-projection"):
+        own.pipeline(name, CONFIG)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(own.path / "tiny" / "teacher" / name, own.path / "tiny" / "student" / name)
+    assert "not of the same model" in own.pipeline("train-student", CONFIG, status=2)
+
+
+def test_a_second_process_on_the_same_folder_is_refused(place: Place):
+    from pipeline.errors import InputError
+    from pipeline.running.folder import RunFolder
+
+    first = RunFolder(place.path / "folder")
+    with pytest.raises(InputError, match="Another process is writing"):
+        RunFolder(place.path / "folder")
+    first.close()
+    RunFolder(place.path / "folder").close()
+
+
+def test_status_survives_damage_elsewhere_and_names_damage_here(done: Place, tmp_path: Path):
+    place = copied(done, tmp_path / "copy")
+    folder = place.finished("cache-teacher").path
+    (folder / "plan.json").write_text("x")
+    assert place.json("status", CONFIG)["stages"][1]["state"] == "done"
+    (folder / "manifest.json").write_text("{}")
+    assert place.json("status", CONFIG)["stages"][1]["state"] == "damaged"
+    assert place.json("status", CONFIG, "--set", "targets.logits.keep=4")["stages"][1]["nearest"] is None
+    evaluated = place.finished("evaluate").path
+    (evaluated / "results.json").unlink()
+    shutil.copyfile(done.finished("cache-teacher").path / "manifest.json", folder / "manifest.json")
+    assert "results.json is missing" in place.pipeline("evaluate", CONFIG, status=1)
+
+
+@pytest.mark.parametrize("weights", ["{herat: 2.0}", "{heart: 0.0, kidney: 0.0, liver: 0.0, lung: 0.0, eye: 0.0, ear: 0.0, skin: 0.0, nerve: 0.0}"])
+def test_specialty_weights_without_effect_or_without_weight_are_refused(done: Place, tmp_path: Path, weights: str):
+    place = copied(done, tmp_path / "copy")
+    assert "specialty_weights" in place.pipeline("train-student", CONFIG, "--set", f"training.specialty_weights={weights}", status=2)

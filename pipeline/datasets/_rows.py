@@ -31,6 +31,8 @@ class Row:
 def mapped(raw: Mapping[str, Any], fields: Mapping[str, Any] | None, where: str) -> Row:
     """The row in the names of record fields. `fields`: record field -> name in the file, a.b for nested ones, or a list of names."""
     names = DEFAULT if fields is None else fields
+    if not isinstance(names, Mapping):
+        raise InputError(f"fields must be a mapping from record fields ({', '.join(FIELDS)}) to the file's names; it is {names!r}.")
     for name in names:
         if name not in FIELDS:
             raise InputError(f"fields: '{name}' is no field of a record. There are: {', '.join(FIELDS)}.")
@@ -91,7 +93,7 @@ def _text(value: Any) -> str:
     """Several fields' texts are put one below the other."""
     if isinstance(value, list):
         return "\n\n".join(filter(None, map(_text, value)))
-    return "" if value is None else str(value).strip()
+    return "" if value is None or value != value else str(value).strip()  # NaN is how tables say that nothing is there
 
 
 def _options(value: Any, where: str) -> tuple[str, ...] | None:
@@ -100,7 +102,11 @@ def _options(value: Any, where: str) -> tuple[str, ...] | None:
     if isinstance(value, Mapping):
         value = [value[key] for key in sorted(value)]
     options = tuple(_text(option) for option in value or ())
-    return options if any(options) else None
+    if not any(options):
+        return None
+    if len(set(options)) < max(len(options), 2) or not all(options):
+        raise InputError(f"{where} has options that are no choice (fewer than two, empty or equal ones). Mend them, or leave such records out with `incomplete: drop`.")
+    return options
 
 
 def _index(value: Any, options: tuple[str, ...] | None, where: str) -> int | None:

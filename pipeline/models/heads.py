@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
+from pipeline.signals.vocabulary import Vocabulary
 
 
 class RowLogits(nn.Module):
@@ -28,6 +29,14 @@ class RowLogits(nn.Module):
         logits = self.model.get_output_embeddings()(hidden)[:, : self.vocabulary_size]
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def rows_that_are_tokens(model: PreTrainedModel, name: str, vocabulary: Vocabulary) -> int:
+    """How many rows of the model's head stand for tokens; InputError if the tokenizer has more tokens than that."""
+    head_rows = int(model.get_output_embeddings().weight.shape[0])
+    if any(vocabulary.token_bytes[head_rows:]):
+        raise InputError(f"The tokenizer of {name} has {len(vocabulary)} tokens and the model's head {head_rows} rows: they are not of the same model.")
+    return min(len(vocabulary), head_rows)
 
 
 def row_logits(model: PreTrainedModel, name: str, vocabulary_size: int) -> RowLogits:

@@ -31,6 +31,11 @@ def load_teacher(source: str, revision: str | None, quantization: str, double_qu
     elif quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     model = _load(source, revision, dtype=compute, device_map={"": device}, **options)
+    if compute is not torch.bfloat16:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes' fused product on CPUs computes in bfloat16, whatever type it is given
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 
 
@@ -75,12 +80,18 @@ def _decoder_layers(model: PreTrainedModel, name: str) -> torch.nn.ModuleList:
 
 
 def _load(source: str, revision: str | None, **options: Any) -> PreTrainedModel:
+    hint = "Check the name, `revision`, and that you are logged in to the hub." if revision else f"Is {Path(source)} a whole model folder with config.json and *.safetensors?"
     try:
-        return AutoModelForCausalLM.from_pretrained(source, revision=revision, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        hint = "Check the name, `revision`, and that you are logged in to the hub." if revision else f"Is {Path(source)} a model folder with config.json and *.safetensors?"
-        raise InputError(f"The model {source} cannot be loaded: {str(error).strip().splitlines()[0]} {hint}") from None
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":  # from Rust, no importable base
-            raise InputError(f"The weights of {source} are damaged: {error}. Copy or download them again.") from None
-        raise
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, output_loading_info=True, **options)
+    except Exception as error:  # whatever it is that transformers finds wrong: it is the model that was named
+        raise InputError(f"The model {source} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]} {hint}") from None
+    model, found = loaded
+    missing, surplus = sorted(found["missing_keys"]), sorted(key for key in found["unexpected_keys"] if ".layers." in key)
+    if missing or surplus:
+        which = (
+            f"lacks {len(missing)} tensors that its config.json asks for, {missing[0]} for one"
+            if missing
+            else f"has {len(surplus)} tensors for layers that its config.json does not know, {surplus[0]} for one"
+        )
+        raise InputError(f"The model {source} {which}: they would be made up or left out. {hint}")
+    return model

@@ -153,7 +153,7 @@ class RecordTokenizer:
                 text = str(self.tokenizer.apply_chat_template(messages, chat_template=today + self.tokenizer.get_chat_template(), tokenize=False, date_string=A_FIXED_DAY))
             else:
                 text = self._written.render(messages=messages, bos_token=self._bos, eos_token=self._eos)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise InputError(f"The template of {self.name} cannot render record {record.id}: {error}. Choose another data.template.") from None
         if [int(i) for i in _SENTINEL.findall(text)] != list(range(len(record.segments))):
             roles = ", ".join(segment.role for segment in record.segments)
@@ -190,8 +190,10 @@ def load_tokenizer(source: str, revision: str | None, template: str, name: str) 
     """From a folder or the hub. InputError if it is not there or cannot be used."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"The tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]} Check the name and `revision`, or give a local folder with tokenizer.json.") from None
+    except Exception as error:  # whatever it is that transformers finds wrong: it is the model that was named
+        raise InputError(
+            f"The tokenizer of {name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]} Check the name and `revision`, or give a local folder with tokenizer.json."
+        ) from None
     return RecordTokenizer(tokenizer, template, name)
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import DamageError, InputError
 from pipeline.files import files_named, read_json, sha256_of, write_json
 
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|.*\.model)")
@@ -22,6 +22,8 @@ class Contents:
         self._runs = runs
         self._file = runs / "inputs.json"
         self._remembered: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
+        if not isinstance(self._remembered, dict) or not all(isinstance(entry, dict) and {"content", "stats"} <= entry.keys() for entry in self._remembered.values()):
+            raise DamageError(f"{self._file} is damaged. Remove it: what is still there is hashed anew.")
 
     def of_files(self, pattern: str) -> str:
         """Of one file, or of all files that a glob matches, in the order of their names."""

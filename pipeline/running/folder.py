@@ -7,17 +7,19 @@
 What has no commit is not there, whatever lies in the folder; what has no manifest is not finished.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pipeline.errors import DamageError
+from pipeline.errors import DamageError, InputError
 from pipeline.files import UNFINISHED, read_json, remove_unfinished, sha256_of, write_json
 from pipeline.running.fingerprint import Identity
 
 FORMAT = 1
+LOCK = ".lock"
 SCRATCH = ("checkpoints", "tensorboard")
 """Folders that are useful while a stage runs, or to look at, but no part of its result."""
 
@@ -28,8 +30,14 @@ class RunFolder:
     def __init__(self, path: Path, only_writer: bool = True) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path / LOCK) if only_writer else None
         if only_writer:
             remove_unfinished(path)
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._lock:
+            self._lock.close()
 
     def plan(self, unit: str, total: int) -> None:
         """Say how much there is to do, so that `pipeline status` can tell how far it is."""
@@ -73,7 +81,7 @@ class RunFolder:
             files |= {file: entry for file, entry in commit["files"].items() if not file.startswith(SCRATCH)}
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)
-            if file.is_file() and relative.parts[0] not in (*SCRATCH, "commits", "manifest.json", "plan.json"):
+            if file.is_file() and not file.name.startswith((UNFINISHED, LOCK)) and relative.parts[0] not in (*SCRATCH, "commits", "manifest.json", "plan.json"):
                 files.setdefault(relative.as_posix(), {})
         files = {file: entry or describe(self.path / file) for file, entry in sorted(files.items())}
         body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity}
@@ -102,6 +110,13 @@ class FinishedFolder:
         self.identity: Identity = self.manifest["identity"]
         self.summary: dict[str, Any] = self.manifest["summary"]
         self._checked: set[str] = set()
+
+    def check_sizes(self) -> None:
+        """DamageError if a file is gone or has another size: what can be seen without reading everything."""
+        for name, entry in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != entry["size"]:
+                self.file(name)
 
     def names(self, beginning: str | tuple[str, ...] = "") -> list[str]:
         return [name for name in self.manifest["files"] if name.startswith(beginning)]
@@ -142,10 +157,14 @@ def progress(path: Path) -> dict[str, Any] | None:
     """How far a run that is not finished has come: {"done", "total", "unit"}; None if it has not begun."""
     if not (path / "plan.json").exists():
         return None
-    plan = read_json(path / "plan.json")
+    try:
+        plan = read_json(path / "plan.json")
+        unit, total = str(plan["unit"]), int(plan["total"])
+    except (DamageError, TypeError, KeyError, ValueError):
+        unit, total = "shards", 0  # the stage writes it anew; what is done is in the commits
     names = _commit_names(path)
-    done = len(names) if plan["unit"] == "shards" else max((int(name.rpartition("-")[2]) for name in names), default=0)
-    return {"done": done, "total": plan["total"], "unit": plan["unit"]}
+    done = len(names) if unit == "shards" else max((int(name.rpartition("-")[2]) for name in names), default=0)
+    return {"done": done, "total": total, "unit": unit}
 
 
 def damage(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -192,6 +211,18 @@ def repair(path: Path) -> None:
         # a folder inside a result, such as student/, is made as a whole and so is taken back as a whole
         if "/" in file and not file.startswith("commits/"):
             shutil.rmtree(path / file.split("/")[0], ignore_errors=True)
+    folder.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """Held while a process writes, and let go of when it ends, however it ends. Guards against a command given twice by mistake."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"Another process is writing {path.parent}. Wait until it has finished, or stop it first.") from None
+    return file
 
 
 def describe(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Experiment
-from pipeline.errors import InputError, NotFinished, PipelineError
+from pipeline.errors import DamageError, InputError, NotFinished, PipelineError
 from pipeline.running.contents import Contents, model_folder
 from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named
 from pipeline.running.folder import FinishedFolder, RunFolder, progress, read_manifest
@@ -57,9 +57,12 @@ class Runner:
     def __post_init__(self) -> None:
         self._contents = Contents(self.runs)
         self._by_name = {stage.name: stage for stage in self.stages}
-        for name, folder in self.given.items():
+        for name, folder in list(self.given.items()):
             if name not in self._by_name:
                 raise InputError(f"--use {name}={folder}: there is no stage '{name}'; there are {', '.join(self._by_name)}.")
+            beside = self.runs / self._by_name[name].folder / folder
+            if not folder.exists() and beside.exists():
+                self.given[name] = folder = beside  # a fingerprint alone
             if not (folder / "manifest.json").exists():
                 raise InputError(f"--use {name}={folder}: that is no finished folder (it has no manifest.json). Give <runs>/{name}/<fingerprint>.")
             manifest = read_manifest(folder)
@@ -99,7 +102,8 @@ class Runner:
         return self.runs / stage.folder / fingerprint(self.identity(stage))
 
     def is_finished(self, stage: Stage) -> bool:
-        return (self.folder(stage) / "manifest.json").exists()
+        """DamageError if its manifest is not what was written."""
+        return (self.folder(stage) / "manifest.json").exists() and bool(read_manifest(self.folder(stage)))
 
     # --- the work ---
 
@@ -108,7 +112,9 @@ class Runner:
         stage = self._by_name[name]
         folder = self.folder(stage)
         if self.is_finished(stage):
-            return self._report(stage, "already done", FinishedFolder(folder).summary)
+            finished = FinishedFolder(folder)
+            finished.check_sizes()
+            return self._report(stage, "already done", finished.summary)
         for need in self.needs(stage):
             if not self.is_finished(need):
                 if not need.on_the_way:
@@ -129,24 +135,31 @@ class Runner:
         wanted = inspect.signature(function).parameters
         assert set(stage.reads) <= set(wanted) <= {*given, "out"}, f"{stage.module}.run must take exactly what the stage declares"
         out = RunFolder(folder, only_writer=is_main)
-        self.say(f"{name}: {folder}")
-        started = time.monotonic()
-        summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
-        if is_main:
-            if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
-                raise PipelineError(f"A file or model that {name} reads changed while it ran, so its result is not kept as finished. Run the command again.")
-            out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), summary, self._machine(time.monotonic() - started))
+        try:
+            self.say(f"{name}: {folder}")
+            started = time.monotonic()
+            summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
+            if is_main:
+                if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
+                    raise PipelineError(f"A file or model that {name} reads changed while it ran, so its result is not kept as finished. Run the command again.")
+                out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), summary, self._machine(time.monotonic() - started))
+        finally:
+            out.close()
         return self._report(stage, "done", summary)
 
     def status(self) -> list[dict[str, Any]]:
         """Per stage: state, folder, and when it is not finished the nearest run with the keys that differ."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for stage in self.planned():
             folder = self.folder(stage)
-            begun = progress(folder)
-            if self.is_finished(stage):
+            try:
+                finished = self.is_finished(stage)
+            except DamageError:
+                rows.append({"stage": stage.name, "state": "damaged", "folder": str(folder), "nearest": None})
+                continue
+            if finished:
                 state = "done"
-            elif begun:
+            elif begun := progress(folder):
                 state = f"begun {begun['done']} of {begun['total']} {begun['unit']}"
             else:
                 state = "missing"
@@ -183,7 +196,10 @@ class Runner:
         mine = self.identity(stage)
         found: list[tuple[int, str, list[str]]] = []
         for manifest in sorted((self.runs / stage.folder).glob("*/manifest.json")):
-            differs = differing_keys(mine, read_manifest(manifest.parent)["identity"])
+            try:
+                differs = differing_keys(mine, read_manifest(manifest.parent)["identity"])
+            except DamageError:
+                continue  # another run's damage is not in the way of this one
             found.append((len(differs), str(manifest.parent), differs))
         if not found:
             return None
