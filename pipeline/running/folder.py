@@ -196,22 +196,23 @@ def damage(path: Path) -> tuple[dict[str, str], list[str]]:
 
 def repair(path: Path) -> None:
     """Take back every damaged piece, and the manifest, so that the next run of the stage redoes just those."""
-    wrong, pieces = damage(path)
-    if not wrong:
-        return
-    (path / "manifest.json").unlink(missing_ok=True)
-    folder = RunFolder(path)
-    for name in pieces:
-        if f"commits/{name}.json" in wrong:
-            (path / "commits" / f"{name}.json").unlink(missing_ok=True)
-        else:
-            folder.withdraw(name)
-    for file in wrong:
-        (path / file).unlink(missing_ok=True)
-        # a folder inside a result, such as student/, is made as a whole and so is taken back as a whole
-        if "/" in file and not file.startswith("commits/"):
-            shutil.rmtree(path / file.split("/")[0], ignore_errors=True)
-    folder.close()
+    folder = RunFolder(path)  # first: nobody may be writing while pieces are taken back
+    try:
+        wrong, pieces = damage(path)
+        if wrong:
+            (path / "manifest.json").unlink(missing_ok=True)
+        for name in pieces:
+            if f"commits/{name}.json" in wrong:
+                (path / "commits" / f"{name}.json").unlink(missing_ok=True)
+            else:
+                folder.withdraw(name)
+        for file in wrong:
+            (path / file).unlink(missing_ok=True)
+            # a folder inside a result, such as student/, is made as a whole and so is taken back as a whole
+            if "/" in file and not file.startswith("commits/"):
+                shutil.rmtree(path / file.split("/")[0], ignore_errors=True)
+    finally:
+        folder.close()
 
 
 def _locked(path: Path) -> IO[str]:
