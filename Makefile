@@ -37,5 +37,9 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# make bench TEXT=abstracts.jsonl.gz: any .jsonl or .jsonl.gz whose records have a context, or a question and an answer
 bench: .venv/.installed $(MODELS)
-	$(BIN)/python benchmarks/capture.py models/gemma-3-270m
+	$(BIN)/python benchmarks/codec.py models/gemma-3-270m $(TEXT)
+	$(BIN)/python benchmarks/codec.py models/smollm2-135m-instruct $(TEXT)
+	$(BIN)/python benchmarks/capture.py models/gemma-3-270m $(TEXT)
+	$(BIN)/python benchmarks/reader.py --shards 1000

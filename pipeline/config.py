@@ -94,16 +94,43 @@ class Teacher(Section):
 
 
 class Logits(Section):
-    keep: Annotated[int, Field(ge=1, le=65535)] = 64
-    """So many log-probabilities are kept per position; the mass of the others as one number per temperature."""
+    method: Literal["head", "sampled"] = "head"
+    """head: the most probable tokens, the mass of the others as one number per temperature. sampled: `keep` draws (RS-KD)."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.002
+    """Every token at least this probable is kept, within `min` and `keep`. 0: always `keep` tokens."""
+    min: Annotated[int, Field(ge=1, le=65535)] = 4
+    keep: Annotated[int, Field(ge=1, le=65535)] = 128
+    """At most so many tokens are kept per position; with `sampled`, so many are drawn (255 at most)."""
+    step: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] = (0.02, 0.5)
+    """How finely log-probabilities are stored: min(second, first * exp(-logprob / 2)) nats."""
     temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 2.0, 8.0]
     """At which the log of the mass that was not kept is stored; in between it is interpolated."""
+    hidden: Literal["int8"] | None = None
+    """Also keep the last hidden states, and the head once: exact logits at any temperature, at hidden-size bytes a position."""
+    boundary: bool = False
+    """Also keep the mass of 16 classes of the next token's first byte."""
+    logsumexp: bool = False
+    """Also keep the log of the sum of the exponentials of the raw logits."""
 
     @model_validator(mode="after")
     def _check(self) -> "Logits":
         if sorted(set(self.temperatures)) != self.temperatures or self.temperatures[0] != 1.0:
             raise ValueError("temperatures must ascend and begin with 1.0")
+        if self.min > self.keep and ("min" in self.model_fields_set or self.keep < 1):
+            raise ValueError(f"min ({self.min}) must not be above keep ({self.keep})")
+        if not 2 / self.step[0] * (1 - min(self.step[0] / self.step[1], 1.0)) < 255:
+            raise ValueError("step is too fine for one byte: the first number must be at least 0.008")
+        if self.method == "sampled":
+            if self.keep > 255 or "keep" not in self.model_fields_set:
+                raise ValueError("method: sampled needs keep, the number of draws, from 1 to 255")
+            without = sorted(self.model_fields_set & {"threshold", "min", "step"})
+            if without:
+                raise ValueError(f"{without[0]} has no effect with method: sampled; leave it out")
         return self
+
+    @property
+    def least(self) -> int:
+        return min(self.min, self.keep)
 
 
 class Targets(Section):
@@ -166,10 +193,15 @@ class Objective(Named):
     loss: str
     """A file in pipeline/losses/."""
     weight: Annotated[float, Field(ge=0)] = 1.0
+    tail: Literal["rest", "calibrated", "hidden"] = "rest"
+    """How the mass that the teacher gives to unkept tokens is shared out among them: as the student does; so that each token's
+    average is the teacher's; or exactly, from hidden states that were kept."""
 
     @model_validator(mode="after")
     def _check(self) -> "Objective":
         self.check("losses", self.loss)
+        if self.tail != "rest" and not self.needs_teacher():
+            raise ValueError(f"tail has no effect on {self.loss}, which does not ask for the teacher; leave it out")
         return self
 
     def needs_teacher(self) -> bool:

@@ -13,7 +13,7 @@ STAGES = (
     Stage(
         name="cache-teacher",
         module="stages.cache_teacher",
-        version=1,
+        version=2,
         reads=("data", "teacher", "targets"),
         needs=("prepare-data",),
         help="Run the teacher once and keep what it says.",

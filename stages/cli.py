@@ -14,7 +14,7 @@ import click
 
 from pipeline.config import load_experiment
 from pipeline.errors import InputError, PipelineError
-from pipeline.running.folder import damage, progress, read_manifest, repair
+from pipeline.running.folder import FinishedFolder, damage, progress, repair
 from pipeline.running.runner import Runner
 from stages import STAGES
 
@@ -134,7 +134,7 @@ def verify(folder: Path, mend: bool, as_json: bool) -> None:
     if not wrong and (folder / "manifest.json").exists():
         wrong = importlib.import_module("pipeline.reporting.inspection").undecodable(folder)
     if mend:
-        repair(folder)
+        repair(folder, wrong)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), "damaged": wrong, "repaired": mend and bool(wrong)}))
     else:
@@ -147,22 +147,47 @@ def verify(folder: Path, mend: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--record", metavar="ID", help="Show one record's targets.")
+@click.option("--record", metavar="ID", help="Show one record's targets, each position's strongest token first.")
+@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also draw a cache's kept mass and bytes by column into this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
-def inspect(folder: Path, record: str | None, as_json: bool) -> None:
-    """What is in a finished folder: tokens, bytes per position, kept mass; or one record's targets."""
-    if not (folder / "manifest.json").exists():
-        raise InputError(f"{folder} is no finished folder: it has no manifest.json.")
+def inspect(folder: Path, record: str | None, png: Path | None, as_json: bool) -> None:
+    """What is in a finished folder; of a cache: kept tokens, kept mass, bytes by column, or one record's targets."""
+    finished = _finished(folder)
+    if record is not None and png is not None:
+        raise InputError("--png draws a whole cache, not one record: leave out --png or --record.")
     inspection = importlib.import_module("pipeline.reporting.inspection")
     if record is not None:
         shown = inspection.record(folder, record)
         click.echo(json.dumps(shown) if as_json else inspection.record_as_text(folder, record))
-    elif read_manifest(folder)["stage"] == "cache-teacher":
+    elif png is not None or finished.manifest["stage"] == "cache-teacher":
         shown = inspection.cache(folder)
-        click.echo(json.dumps(shown) if as_json else inspection.as_text(shown))
+        if png is not None:
+            importlib.import_module("pipeline.reporting.plots").plot_cache(png, shown)
+        click.echo(json.dumps(shown) if as_json else inspection.cache_as_text(shown))
     else:
-        shown = read_manifest(folder)["summary"]
+        shown = finished.summary
         click.echo(json.dumps(shown) if as_json else inspection.as_text(shown))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--format", "form", type=click.Choice(["plain"]), default="plain", show_default=True, help="plain: Parquet with token ids and log-probabilities as ordinary list columns.")
+@click.option("--to", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR", help="Where the files go, one a shard; none may be there already.")
+@click.option("--split", type=click.Choice(["train", "heldout"]), help="Only this split.  [default: both]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+def export(folder: Path, form: str, to: Path, split: str | None, as_json: bool) -> None:
+    """A finished cache as plain Parquet, for `datasets`, DuckDB and polars."""
+    finished = _finished(folder)
+    if finished.manifest["stage"] != "cache-teacher":
+        raise InputError(f"{folder} is a folder of {finished.manifest['stage']}, not a cache. Give the folder of a finished cache-teacher.")
+    written = importlib.import_module("pipeline.cache.export").export_plain(finished.file, to, [split] if split else ["train", "heldout"])
+    click.echo(json.dumps({"folder": str(folder), "format": form, "files": [str(file) for file in written]}) if as_json else "\n".join(map(str, written)))
+
+
+def _finished(folder: Path) -> FinishedFolder:
+    if not (folder / "manifest.json").exists():
+        raise InputError(f"{folder} is no finished folder: it has no manifest.json.")
+    return FinishedFolder(folder)
 
 
 def _publish(runner: Runner, report: dict[str, Any]) -> None:

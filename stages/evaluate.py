@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.benchmarks._scores import Scorer
 from pipeline.cache.projected import StudentView, read_projection
 from pipeline.cache.reader import Cache
+from pipeline.cache.schema import SHARD_FILES
 from pipeline.config import Evaluation, Machine, Student
 from pipeline.errors import InputError
 from pipeline.files import read_json_lines, write_json, write_text
@@ -39,14 +40,14 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     for name, source, revision, layers in _students(student, inputs):
         memory = PeakMemory(device)
         tokenizer = load_tokenizer(source, revision, cache.about["template"], name)
-        view = StudentView(cache, fitted, tokenizer.render)
+        view = StudentView(cache, fitted, tokenizer.render, tokenizer.digest())
         model = load_student(source, revision, layers, device).eval()
         scorer = StudentScorer(row_logits(model, name, rows_that_are_tokens(model, name, tokenizer.vocabulary)), tokenizer.render, view, examples, machine.student_micro_batch_records)
         models[name] = _benchmarked(scorer, evaluation, heldout)
         models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
         del model, scorer
 
-    size = cached.size(("records-", "logits-"))
+    size = cached.size(SHARD_FILES)
     results = {"models": models, "cache": {"tokens": cached.summary["tokens"], "bytes_per_token": size / cached.summary["tokens"]}, "heldout_records": len(heldout)}
     metrics = {name: read_json_lines(inputs[stage].file("metrics.jsonl")) for name, stage in (("distilled", "train-student"), ("sft", "train-control")) if stage in inputs}
     write_json(out.path / "results.json", results)

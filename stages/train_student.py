@@ -17,7 +17,7 @@ from pipeline.config import Machine, Student, Training
 from pipeline.errors import InputError, NumericsError
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
-from pipeline.models.heads import row_logits, rows_that_are_tokens
+from pipeline.models.heads import KeptHead, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
 from pipeline.models.memory import PeakMemory
 from pipeline.models.tokenizers import load_tokenizer
@@ -25,7 +25,10 @@ from pipeline.reporting.model_card import model_card
 from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
+from pipeline.signals.projection import Projection
+from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.training.batches import Batch, made_ahead, make_batch
+from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.objective import loss_of, mass, parts
 from pipeline.training.schedules import learning_rate_at, value_at
@@ -36,11 +39,14 @@ KEEP_CHECKPOINTS = 2
 def run(student: Student, training: Training, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision="bf16" if training.precision == "bf16" else "no", cpu=device_named(machine.device).type == "cpu")
     memory = PeakMemory(accelerator.device)
-    cache = Cache(inputs["cache-teacher"].file)
+    objective = parts([(part.loss, part.weight, part.options(), part.tail) for part in training.objective])
+    tails = {part.tail for part in objective}
+    cached = inputs["cache-teacher"]
+    cache = Cache(cached.file, ("hidden",) if "hidden" in tails else ())
     source = inputs.model(student.model, student.revision)
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
-    view = StudentView(cache, read_projection(inputs["fit-projection"].file("projection.parquet")), tokenizer.render)
-    objective = parts([(part.loss, part.weight, part.options()) for part in training.objective])
+    fitted = read_projection(inputs["fit-projection"].file("projection.parquet"))
+    view = StudentView(cache, fitted, tokenizer.render, tokenizer.digest())
     order = Order(cache, training.seed, training.batch_records)
     with_teacher = any(part.needs_teacher for part in objective)
     hottest = max(training.temperature.start, training.temperature.end)
@@ -55,6 +61,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
+    calibration = _calibration(cache, fitted.projection, module.vocabulary_size, accelerator.device) if "calibrated" in tails else None
+    teacher_head = KeptHead(cached.file("head.safetensors"), accelerator.device) if "hidden" in tails else None
+    student_id = torch.from_numpy(fitted.projection.student_id.astype("int64")).to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
     def batches_of(step: int) -> list[Batch]:
@@ -70,7 +79,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         return batches
 
     out.plan("steps", steps)
-    begin = _resume(out, module, optimizer)
+    state = calibration.state if calibration else {}
+    begin = _resume(out, module, optimizer, state)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
 
@@ -83,7 +93,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         for batch in here:
             with accelerator.autocast():
                 logits = module(batch.ids, batch.rows)
-            loss, shares = loss_of(objective, batch, logits, total)
+            log_tail = placed_logits(teacher_head(*batch.hidden), batch.teacher.temperature, student_id, module.vocabulary_size) if teacher_head and batch.hidden and batch.teacher else None
+            loss, shares = loss_of(objective, batch, logits, total, calibration.log_ratio() if calibration else None, log_tail)
+            if calibration and batch.teacher is not None:
+                calibration.add(logits[batch.known], batch.teacher)
             loss.backward()
             sums += torch.stack([loss.detach(), *(shares.get(part.name, loss.new_zeros(())) for part in objective)])
         sums = accelerator.reduce(sums, "sum")
@@ -98,13 +111,15 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if calibration:
+            calibration.step(_temperature(training, step, steps), accelerator)
 
         losses = {part.name: value for part, value in zip(objective, sums[1:].tolist(), strict=True)}
         log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=_temperature(training, step, steps), gradient_norm=float(norm))
         progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
         if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 == steps):
             log.flush()
-            _checkpoint(out, step + 1, module, optimizer)
+            _checkpoint(out, step + 1, module, optimizer, state)
     log.close()
 
     if accelerator.is_main_process:
@@ -209,18 +224,25 @@ def _seed(seed: int, step: int, process: int) -> int:
     return int(hashlib.sha256(repr((seed, step, process)).encode()).hexdigest()[:15], 16)
 
 
-def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _calibration(cache: Cache, projection: Projection, student_size: int, device: torch.device) -> Calibration:
+    tail = cache.tail()
+    if tail is None:
+        raise InputError("training.objective: tail: calibrated needs a cache with tail marginals, and this one has none (targets.logits.method: sampled keeps no tail). Use `tail: rest`.")
+    return Calibration(placed_means(tail.log_means, projection, student_size), cache.temperatures, device)
+
+
+def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> int:
     """Go on from the newest checkpoint that is what was written; gives the number of steps done."""
     names = out.committed()
     if not names:
         return 0
-    load_checkpoint(out.path / "checkpoints" / f"{names[-1]}.safetensors", module, optimizer)
+    load_checkpoint(out.path / "checkpoints" / f"{names[-1]}.safetensors", module, optimizer, state)
     return int(names[-1].removeprefix("step-"))
 
 
-def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
     name = f"step-{step:07d}"
-    save_checkpoint(out.path / "checkpoints" / f"{name}.safetensors", module, optimizer)
+    save_checkpoint(out.path / "checkpoints" / f"{name}.safetensors", module, optimizer, state)
     out.commit(name, [f"checkpoints/{name}.safetensors"])
     for old in out.names()[:-KEEP_CHECKPOINTS]:
         out.withdraw(old)

@@ -32,9 +32,12 @@ def read_projection(path: Path) -> Fitted:
 
 
 class StudentView:
-    """Examples of a cache for one student. `render` gives the student's tokens of a record."""
+    """Examples of a cache for one student. `render` gives the student's tokens of a record.
 
-    def __init__(self, cache: Cache, fitted: Fitted, render: Callable[[Record], Tokens]) -> None:
+    rendering: what it does, in a digest. Where it does what the teacher's tokenizer did, the cache's own tokens are taken.
+    """
+
+    def __init__(self, cache: Cache, fitted: Fitted, render: Callable[[Record], Tokens], rendering: str = "") -> None:
         if fitted.vocabulary != cache.about["vocabulary"]:
             raise Mismatch(
                 f"This projection was fitted for another teacher vocabulary than that of the cache of {cache.about['teacher']}. "
@@ -48,10 +51,11 @@ class StudentView:
         self.cache = cache
         self._projection = fitted.projection
         self._render = render
+        self._alike = rendering == cache.about["rendering"] or cache.about["text"] != "keep"
         self._vocabulary_size = int(cache.about["vocabulary_size"])
 
     def tokens(self, example: Example) -> Tokens:
-        return self._render(example.record) if example.has_text else example.tokens
+        return example.tokens if self._alike else self._render(example.record)
 
     def projected(self, example: Example, tokens: Tokens) -> Projected:
         return project(self._projection, example.targets, self.cache.temperatures, self._vocabulary_size, example.tokens, tokens)

@@ -3,7 +3,8 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -13,16 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.schema import FORMAT, PREPARED, RECORDS, VOCABULARY, logits_schema, rest_column
-from pipeline.errors import DamageError
+from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, boundary_column, hidden_schema, rest_column, tail_schema
+from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json
-from pipeline.signals.codec import decode_logprobs
+from pipeline.signals.codec import decode_ids, decode_logprobs, decode_rests, positions_of
 from pipeline.signals.records import Record, Segment, Tokens
 from pipeline.signals.targets import Targets
-from pipeline.signals.vocabulary import Vocabulary
+from pipeline.signals.vocabulary import CLASSES, Vocabulary
 
 WINDOW = 16
-"""Shards that are shuffled together and held decoded at once."""
+"""Row groups that are shuffled together and held decoded at once."""
+EXTRAS = ("entropy", "logsumexp", "boundary", "hidden")
 
 
 @dataclass(frozen=True)
@@ -33,26 +35,52 @@ class Example:
     has_text: bool
 
 
-Place = tuple[int, int]
-"""Shard and row."""
+@dataclass(frozen=True)
+class Tail:
+    """What the teacher gives each token, on the average over positions, where it is not among the kept ones."""
+
+    log_means: np.ndarray  # float64 [S, V] at the cache's temperatures
+    positions: int
+
+
+Place = tuple[int, int, int]
+"""Shard, row group, row."""
 
 
 class Cache:
-    """A finished cache. `file` gives a file's checked path by its name."""
+    """A finished cache. `file` gives a file's checked path by its name; of the EXTRAS only those named are read."""
 
-    def __init__(self, file: Callable[[str], Path]) -> None:
+    def __init__(self, file: Callable[[str], Path], extras: tuple[str, ...] = ()) -> None:
         self._file = file
+        self._extras = extras
         self.about: dict[str, Any] = read_json(file("cache.json"))
         if self.about["format"] != FORMAT:
-            raise DamageError(f"This cache has format {self.about['format']}; this version reads format {FORMAT}. Use the version that wrote it.")
+            raise DamageError(f"This cache has format {self.about['format']}; this version reads format {FORMAT}. Use the version that wrote it, or run cache-teacher again.")
         self.temperatures: list[float] = [float(t) for t in self.about["temperatures"]]
-        self._open: OrderedDict[int, list[Example]] = OrderedDict()
+        missing = [extra for extra in extras if extra not in self.about["extras"]]
+        if missing:
+            raise InputError(f"This cache was made without {missing[0]}. Make it again with targets.logits.{missing[0]}.")
+        self._open: OrderedDict[tuple[int, int], list[Example]] = OrderedDict()
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = Lock()
 
     def vocabulary(self) -> Vocabulary:
         """The teacher's."""
         table = read_table(self._file("vocabulary.parquet"), VOCABULARY)
         return Vocabulary(table["bytes"].to_pylist(), table["special"].to_numpy(zero_copy_only=False), tuple(self.about["end_ids"]))
+
+    def tail(self) -> Tail | None:
+        """The tail marginals of the shards that were asked for them, together; None if there are none."""
+        sums = np.zeros((len(self.temperatures), int(self.about["vocabulary_size"])))
+        positions = 0
+        for shard in self.about["tail_shards"]:
+            table = read_table(self._file(f"tail-{shard:05d}.parquet"), tail_schema(self.temperatures))
+            count = int(table.schema.metadata[b"positions"])
+            means = np.stack([decode_rests(column.to_numpy()) for column in table.columns])
+            sums += np.exp(means.astype(np.float64)) * count
+            positions += count
+        with np.errstate(divide="ignore"):
+            return Tail(np.log(sums / positions), positions) if positions else None
 
     def shards(self, split: str) -> list[int]:
         return [i for i, shard in enumerate(self.about["shards"]) if shard["split"] == split]
@@ -61,7 +89,7 @@ class Cache:
         return sum(self.about["shards"][shard]["records"] for shard in self.shards(split))
 
     def examples(self, split: str) -> Iterator[Example]:
-        """All of a split, in stored order; one shard in memory."""
+        """All of a split, in stored order; one row group in memory."""
         for shard in self.shards(split):
             yield from self.of_shard(shard)
 
@@ -71,52 +99,146 @@ class Cache:
         def key(*place: int) -> bytes:
             return hashlib.sha256(repr((seed, epoch, *place)).encode()).digest()
 
-        shards = sorted(self.shards(split), key=key)
+        groups = [(shard, group, records) for shard in self.shards(split) for group, records in enumerate(self.about["shards"][shard]["groups"])]
+        groups.sort(key=lambda group: key(*group[:2]))
         places: list[Place] = []
-        for begin in range(0, len(shards), WINDOW):
-            window = [(shard, row) for shard in shards[begin : begin + WINDOW] for row in range(self.about["shards"][shard]["records"])]
+        for begin in range(0, len(groups), WINDOW):
+            window = [(shard, group, row) for shard, group, records in groups[begin : begin + WINDOW] for row in range(records)]
             places += sorted(window, key=lambda place: key(*place))
         return places
 
     def example(self, place: Place) -> Example:
-        """One example; the shards of a window stay decoded."""
-        shard, row = place
+        """One example; the row groups of a window stay decoded."""
+        shard, group, row = place
         with self._lock:
-            if shard not in self._open:
-                self._open[shard] = self.of_shard(shard)
+            if (shard, group) not in self._open:
+                self._open[shard, group] = self.of_group(shard, group)
                 while len(self._open) > WINDOW + 1:
                     self._open.popitem(last=False)
-            self._open.move_to_end(shard)
-            return self._open[shard][row]
+            self._open.move_to_end((shard, group))
+            return self._open[shard, group][row]
 
-    def of_shard(self, shard: int) -> list[Example]:
+    def of_shard(self, shard: int) -> Iterator[Example]:
         """One shard's examples, in stored order. DamageError if it is not what was written."""
-        records = read_table(self._file(f"records-{shard:05d}.parquet"), RECORDS)
-        logits = read_table(self._file(f"logits-{shard:05d}.parquet"), logits_schema(self.temperatures))
-        if records["id"].to_pylist() != logits["record"].to_pylist() or len(records) != self.about["shards"][shard]["records"]:
+        for group in range(len(self.about["shards"][shard]["groups"])):
+            yield from self.of_group(shard, group)
+
+    def of_group(self, shard: int, group: int) -> list[Example]:
+        """One row group's examples, in stored order. DamageError if it is not what was written."""
+        records = read_table(self._file(f"records-{shard:05d}.parquet"), RECORDS, group)
+        logits = self.logits(shard, group)
+        ids = records["id"].to_pylist()
+        if ids != logits.records or len(ids) != self.about["shards"][shard]["groups"][group]:
             raise DamageError(f"Shard {shard}: its records and logits are not of the same records. Run `pipeline verify` on the cache's folder.")
         tokens = [_split(records[name]) for name in ("token_id", "start", "end", "kind", "lead")]
-        names = ("position", "kept", "id", "logprob", "realised_logprob", "entropy")
-        said = {name: _split(logits[name]) for name in names}
-        rests = [_split(logits[rest_column(t)]) for t in self.temperatures]
         rows = records.select(PREPARED.names).to_pylist()
+        has_text = self.about["text"] == "keep"
         return [
-            Example(
-                record=record_of(row),
-                tokens=Tokens(*(column[i] for column in tokens)),
-                targets=Targets(
-                    position=said["position"][i],
-                    kept=said["kept"][i],
-                    ids=said["id"][i],
-                    logprobs=decode_logprobs(said["logprob"][i]),
-                    rests=np.stack([rest[i] for rest in rests]),
-                    realised_logprob=said["realised_logprob"][i],
-                    entropy=said["entropy"][i].astype(np.float32),
-                ),
-                has_text=self.about["text"] == "keep",
-            )
-            for i, row in enumerate(rows)
+            Example(record=record_of(row), tokens=Tokens(*(column[i] for column in tokens)), targets=targets, has_text=has_text)
+            for i, (row, targets) in enumerate(zip(rows, logits.split(), strict=True))
         ]
+
+    def logits(self, shard: int, group: int) -> "Decoded":
+        """One row group's positions, flat; nothing of its records."""
+        path = self._file(f"logits-{shard:05d}.parquet")
+        with _decoding(path):
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                form = Logits.from_metadata({key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}, file.schema_arrow.names)
+                _check_schema(path, file.schema_arrow, form.schema())
+                boundary = [boundary_column(i) for i in range(len(CLASSES))]
+                skipped = {"entropy", "logsumexp", *boundary} - set(self._extras) - set(boundary if "boundary" in self._extras else ())
+                table = file.read_row_group(group, [name for name in form.schema().names if name not in skipped])
+            decoded = decode(table, form, self._order_of(shard))
+        if "hidden" in self._extras:
+            path = self._file(f"hidden-{shard:05d}.parquet")
+            with _decoding(path):
+                size = pq.read_schema(path).field("state").type.value_type.byte_width
+            table = read_table(path, hidden_schema(size), group)
+            states = table["state"].combine_chunks().values
+            elements = np.frombuffer(states.buffers()[1], np.int8).reshape(-1, size)[states.offset : states.offset + len(states)]
+            scale = _values(table["scale"])
+            if table["record"].to_pylist() != decoded.records or not len(elements) == len(scale) == len(decoded.position):
+                raise DamageError(f"{path} is not of the positions of its shard. Run `pipeline verify` on its folder.")
+            decoded = replace(decoded, hidden=elements, hidden_scale=scale)
+        return decoded
+
+    def _order_of(self, shard: int) -> np.ndarray:
+        with_ranks = self._orders.get(shard)
+        if with_ranks is None:
+            with_ranks = np.cumsum(read_table(self._file(f"ranks-{shard:05d}.parquet"), RANKS)["id_gap"].to_numpy()).astype(np.int32)
+            self._orders[shard] = with_ranks
+            while len(self._orders) > WINDOW + 1:
+                self._orders.popitem(last=False)
+        return with_ranks
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The positions of many records, flat (compressed sparse rows)."""
+
+    records: list[str]
+    position: np.ndarray  # int32 [N]
+    ends: np.ndarray  # int64 [records + 1] where each record's positions end
+    kept: np.ndarray  # uint16 [N]
+    ids: np.ndarray  # int32 [sum of kept]
+    logprobs: np.ndarray  # float32 [sum of kept]
+    rests: np.ndarray  # float32 [S, N]
+    realised_logprob: np.ndarray  # float32 [N]
+    counts: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    logsumexp: np.ndarray | None = None
+    boundary: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+    hidden_scale: np.ndarray | None = None
+
+    def split(self) -> Iterator[Targets]:
+        """Record by record, without copying."""
+        entry_ends = np.concatenate([[0], np.cumsum(self.kept, dtype=np.int64)])[self.ends]
+        for (a, b), (c, d) in zip(pairwise(self.ends.tolist()), pairwise(entry_ends.tolist()), strict=True):
+            yield Targets(
+                position=self.position[a:b],
+                kept=self.kept[a:b],
+                ids=self.ids[c:d],
+                logprobs=self.logprobs[c:d],
+                rests=self.rests[:, a:b],
+                realised_logprob=self.realised_logprob[a:b],
+                counts=None if self.counts is None else self.counts[c:d],
+                **{name: None if (values := getattr(self, name)) is None else values[a:b] for name in (*EXTRAS, "hidden_scale")},
+            )
+
+
+def decode(table: pa.Table, form: Logits, order: np.ndarray) -> Decoded:
+    """The rows of a logits file. ValueError or IndexError if they contradict each other."""
+    lengths = _values(table["positions"])
+    position = positions_of(_values(table["first_position"]), lengths)
+    kept = _values(table["kept"])
+    codes = _values(table["logprob_code"])
+    gaps = _values(table["id_gap"])
+    if not len(kept) == len(position) or not int(kept.sum(dtype=np.int64)) == len(codes) == len(gaps):
+        raise ValueError("its columns are not of the same length")
+    rests = np.stack([decode_rests(_values(table[rest_column(temperature)])) for temperature in form.temperatures])
+    logprobs, rests[0] = decode_logprobs(codes, kept, form.table, rests[0])
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[_offsets(table["positions"])]
+    if not np.array_equal(ends, _offsets(table["kept"])):
+        raise ValueError("its records' positions are not as many as it says")
+    optional: dict[str, np.ndarray] = {name: _values(table[name]).astype(np.float32) for name in ("entropy", "logsumexp") if name in table.column_names}
+    if form.boundary and boundary_column(0) in table.column_names:
+        optional["boundary"] = np.stack([_values(table[boundary_column(i)]) for i in range(len(CLASSES))], 1).astype(np.float32)
+    realised = _values(table["realised_logprob"])
+    if any(len(column) != len(position) for column in (realised, rests[0], *optional.values())):
+        raise ValueError("its columns are not of the same length")
+    return Decoded(
+        records=table["record"].to_pylist(),
+        position=position,
+        ends=ends,
+        kept=kept,
+        ids=decode_ids(gaps, kept, order),
+        logprobs=logprobs,
+        rests=rests,
+        realised_logprob=realised,
+        counts=codes if form.method == "sampled" else None,
+        **optional,
+    )
 
 
 def read_prepared(path: Path) -> Iterator[Record]:
@@ -143,15 +265,22 @@ def record_of(row: dict[str, Any]) -> Record:
     )
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The file's rows; DamageError if it is no Parquet of exactly these columns."""
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
+def read_table(path: Path, schema: pa.Schema, group: int | None = None) -> pa.Table:
+    """The file's rows, or those of one row group; DamageError if it is no Parquet of exactly these columns."""
+    with _decoding(path):
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read() if group is None else file.read_row_group(group)
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DamageError(f"{path} cannot be decoded: {error}. Run `pipeline verify` on its folder.") from None
     _check_schema(path, table.schema, schema)
     return table
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
+        raise DamageError(f"{path} cannot be decoded: {error}. Run `pipeline verify` on its folder.") from None
 
 
 def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
@@ -159,9 +288,17 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
         raise DamageError(f"{path} does not have the columns of format {FORMAT}. Use the version of pipeline that wrote it, or run the stage again.")
 
 
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """All rows' values of a list column, flat."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _offsets(column: pa.ChunkedArray) -> np.ndarray:
+    offsets = column.combine_chunks().offsets.to_numpy()
+    return offsets - offsets[0]
+
+
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
     """One array per row of a list column."""
-    lists = column.combine_chunks()
-    offsets = lists.offsets.to_numpy()
-    values = lists.values.to_numpy(zero_copy_only=False)
-    return [values[a:b] for a, b in pairwise(offsets)]
+    values = _values(column)
+    return [values[a:b] for a, b in pairwise(_offsets(column).tolist())]

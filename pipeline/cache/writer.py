@@ -1,54 +1,153 @@
 """Records and what the teacher said of them, as Parquet files that appear whole."""
 
+import errno
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.schema import FORMAT, PREPARED, RECORDS, VOCABULARY, logits_schema, rest_column
+from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, boundary_column, groups, hidden_schema, rest_column, tail_schema
 from pipeline.files import appears_whole
-from pipeline.signals.codec import LOGPROB_ERROR, encode_logprobs
+from pipeline.signals.codec import encode_ids, encode_logprobs, encode_rests, ranks, spans
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.targets import Targets
-from pipeline.signals.vocabulary import Vocabulary
+from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
 
 def write_prepared(path: Path, records: list[Record]) -> None:
     _write(path, pa.Table.from_pylist([_row(record, keep_text=True) for record in records], PREPARED), {})
 
 
-def write_shard(folder: Path, shard: int, examples: list[tuple[Record, Tokens, Targets]], temperatures: list[float], keep_text: bool) -> list[str]:
-    """records-NNNNN.parquet and logits-NNNNN.parquet, one row a record, in the same order; gives their names."""
-    names = [f"records-{shard:05d}.parquet", f"logits-{shard:05d}.parquet"]
-    rows = []
-    for record, tokens, _ in examples:
-        rendered = {"token_id": tokens.ids, "start": tokens.start, "end": tokens.end, "kind": tokens.kind, "lead": tokens.lead}
-        rows.append(_row(record, keep_text) | rendered)
-    _write(folder / names[0], pa.Table.from_pylist(rows, RECORDS), {"content": "records"})
+@dataclass(frozen=True)
+class Shard:
+    """What goes into a shard's files: one row a record in each, in the same order and the same row groups."""
 
-    targets = [targets for _, _, targets in examples]
+    folder: Path
+    number: int
+    examples: list[tuple[Record, Tokens, Targets]]
+    form: Logits
+    keep_text: bool
+    tail: tuple[np.ndarray, int] | None = None
+    """Log means [S, V], and over how many positions."""
+
+    def groups(self) -> list[int]:
+        """Records of each row group."""
+        return groups([len(targets.position) for _, _, targets in self.examples], [len(tokens) for _, tokens, _ in self.examples])
+
+    def write(self) -> list[str]:
+        """The files' names."""
+        ids = pa.array([record.id for record, _, _ in self.examples], pa.string())
+        targets = [targets for _, _, targets in self.examples]
+        written = [self._write("records", pa.Table.from_pylist([self._record(record, tokens) for record, tokens, _ in self.examples], RECORDS), self.groups())]
+        table, order = logits_table(ids, targets, self.form)
+        written.append(self._write("logits", table, self.groups(), self.form.metadata()))
+        written.append(self._write("ranks", pa.table([np.diff(order, prepend=0).astype(np.int32)], RANKS)))
+        states = [t.hidden for t in targets if t.hidden is not None]
+        if states:
+            size = states[0].shape[1]
+            elements = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), sum(map(len, states)), [None, pa.py_buffer(np.concatenate(states).tobytes())])
+            offsets = pa.array(np.cumsum([0, *map(len, states)]), pa.int32())
+            columns = [ids, pa.ListArray.from_arrays(offsets, elements), _lists([t.hidden_scale for t in targets], pa.float32())]
+            written.append(self._write("hidden", pa.table(columns, hidden_schema(size)), self.groups()))
+        if self.tail is not None:
+            means, positions = self.tail
+            about = {key: self.form.metadata()[key] for key in ("rest_step", "no_rest")} | {"positions": str(positions)}
+            written.append(self._write("tail", pa.table([encode_rests(mean) for mean in means], tail_schema(self.form.temperatures)), None, about))
+        return written
+
+    def _write(self, content: str, table: pa.Table, cut: list[int] | None = None, about: dict[str, str] | None = None) -> str:
+        name = f"{content}-{self.number:05d}.parquet"
+        _write(self.folder / name, table, {"content": content} | (about or {}), cut)
+        return name
+
+    def _record(self, record: Record, tokens: Tokens) -> dict[str, Any]:
+        return _row(record, self.keep_text) | {"token_id": tokens.ids, "start": tokens.start, "end": tokens.end, "kind": tokens.kind, "lead": tokens.lead}
+
+
+def logits_table(ids: pa.Array, targets: list[Targets], form: Logits) -> tuple[pa.Table, np.ndarray]:
+    """The rows of a logits file, and the order of tokens that their ranks are of."""
+    kept = _flat([t.kept for t in targets], np.uint16)
+    flat_ids = _flat([t.ids for t in targets], np.int32)
+    drawn = form.method == "sampled"
+    codes = _flat([t.counts for t in targets], np.uint8) if drawn else encode_logprobs(_flat([t.logprobs for t in targets], np.float32), kept, form.table)
+    order = ranks(flat_ids)
+    gaps, codes = encode_ids(flat_ids, codes, kept, order)
+    positions = [len(t.position) for t in targets]
+    entries = [len(t.ids) for t in targets]
+    runs = [spans(t.position) for t in targets]
     columns: dict[str, Any] = {
-        "record": pa.array([record.id for record, _, _ in examples], pa.string()),
-        "position": _lists([t.position for t in targets], pa.int32()),
-        "kept": _lists([t.kept for t in targets], pa.uint16()),
-        "id": _lists([t.ids for t in targets], pa.int32()),
-        "logprob": _lists([encode_logprobs(t.logprobs) for t in targets], pa.float16()),
+        "record": ids,
+        "first_position": _lists([first for first, _ in runs], pa.int32()),
+        "positions": _lists([length for _, length in runs], pa.int32()),
+        "kept": _list(kept, positions, pa.uint16()),
+        "id_gap": _list(gaps, entries, pa.int32()),
+        "logprob_code": _list(codes, entries, pa.uint8()),
         "realised_logprob": _lists([t.realised_logprob for t in targets], pa.float32()),
-        "entropy": _lists([t.entropy.astype(np.float16) for t in targets], pa.float16()),
+        "entropy": _lists([t.entropy for t in targets], pa.float16()),
     }
-    for i, temperature in enumerate(temperatures):
-        columns[rest_column(temperature)] = _lists([t.rests[i] for t in targets], pa.float32())
-    schema = logits_schema(temperatures)
-    explained = {"content": "logits", "temperatures": ",".join(f"{t:g}" for t in temperatures), "logprob_error": str(LOGPROB_ERROR), "unit": "nats"}
-    _write(folder / names[1], pa.table({name: columns[name] for name in schema.names}, schema), explained)
-    return names
+    if form.logsumexp:
+        columns["logsumexp"] = _lists([t.logsumexp for t in targets], pa.float32())
+    for i, temperature in enumerate(form.temperatures):
+        columns[rest_column(temperature)] = _list(encode_rests(_flat([t.rests[i] for t in targets], np.float32)), positions, pa.int16())
+    for i in range(len(CLASSES) if form.boundary else 0):
+        columns[boundary_column(i)] = _lists([t.boundary[:, i] for t in targets if t.boundary is not None], pa.float16())
+    schema = form.schema()
+    return pa.table({name: columns[name] for name in schema.names}, schema), order
 
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
-    columns = {"id": np.arange(len(vocabulary), dtype=np.int32), "bytes": vocabulary.token_bytes, "special": vocabulary.special}
-    _write(path, pa.table(columns, VOCABULARY), {"end_ids": ",".join(map(str, vocabulary.end_ids))})
+    columns = {
+        "id": np.arange(len(vocabulary), dtype=np.int32),
+        "bytes": vocabulary.token_bytes,
+        "special": vocabulary.special,
+        "first_byte_class": first_byte_classes(vocabulary).astype(np.uint8),
+    }
+    _write(path, pa.table(columns, VOCABULARY), {"end_ids": ",".join(map(str, vocabulary.end_ids)), "classes": ",".join(CLASSES)})
+
+
+class Background:
+    """Does what it is given, one after another in a thread, while the caller goes on; at most `ahead` things wait.
+
+    An error there is raised at the caller's next `do` or `check`, and what still waits is dropped. Leaving the block waits for all.
+    """
+
+    def __init__(self, ahead: int = 1) -> None:
+        self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(ahead)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def do(self, work: Callable[[], None]) -> None:
+        self.check()
+        self._waiting.put(work)  # the thread takes everything that is put, so this cannot wait for ever
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (work := self._waiting.get()) is not None:
+            if self._error is None:
+                try:
+                    work()
+                except BaseException as error:
+                    self._error = error
+
+    def __enter__(self) -> "Background":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+        if kind is None:
+            self.check()
 
 
 def _row(record: Record, keep_text: bool) -> dict[str, Any]:
@@ -66,23 +165,49 @@ def _row(record: Record, keep_text: bool) -> dict[str, Any]:
     }
 
 
-def _lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
-    offsets = np.cumsum([0, *(len(part) for part in parts)])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(parts) if parts else [], kind))
+def _flat(parts: list[Any], kind: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=kind), *parts]).astype(kind, copy=False)
 
 
-def _write(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:
-    table = table.replace_schema_metadata({"format": str(FORMAT)} | metadata)
+def _list(values: np.ndarray, lengths: list[int], kind: pa.DataType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), pa.array(values, kind))
+
+
+def _lists(parts: list[Any], kind: pa.DataType) -> pa.ListArray:
+    return _list(_flat(parts, kind.to_pandas_dtype()), [len(part) for part in parts], kind)
+
+
+def _write(path: Path, table: pa.Table, metadata: dict[str, str], cut: list[int] | None = None) -> None:
+    """cut: the rows of each row group; one group of all where it is left out."""
     # numbers that look random: neither dictionaries nor runs help, splitting their bytes does
-    floats = [field.name for field in table.schema if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)]
-    others = [field.name for field in table.schema if field.name not in floats and not pa.types.is_list(field.type)]
+    plain = [field.name for field in table.schema if field.name in (*RECORDS.names, *VOCABULARY.names) or pa.types.is_string(field.type)]
+    split = [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in table.schema if field.name not in plain and _can_be_split(field.type)]
+    dictionaries = [name for name in plain if not pa.types.is_list(table.schema.field(name).type)]
     with appears_whole(path) as temporary:
-        pq.write_table(
-            table,
+        with pq.ParquetWriter(
             temporary,
+            table.schema.remove_metadata(),
             compression="zstd",
             compression_level=9,
-            use_dictionary=others or False,
-            column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in floats} or None,
+            use_dictionary=dictionaries or False,
+            column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") or None,
             write_page_checksum=True,
-        )
+            store_schema=False,  # Parquet's own types say it all
+        ) as writer:
+            writer.add_key_value_metadata({"format": str(FORMAT)} | metadata)
+            first = 0
+            for rows in cut or [len(table)]:
+                writer.write_table(table.slice(first, rows), row_group_size=max(rows, 1))
+                first += rows
+        try:
+            whole = pq.read_metadata(temporary).num_rows == len(table)
+        except pa.ArrowException:
+            whole = False
+        if not whole:  # closing a file on a full disk raises nothing
+            raise OSError(errno.EIO, "This file could not be written whole; is the disk full?", str(path))
+
+
+def _can_be_split(kind: pa.DataType) -> bool:
+    """Not every reader knows BYTE_STREAM_SPLIT for these (DuckDB 2.0, polars 2.1), and they gain little."""
+    value = kind.value_type if pa.types.is_list(kind) else kind
+    return not (pa.types.is_float16(value) or pa.types.is_fixed_size_binary(value))

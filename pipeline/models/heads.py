@@ -1,6 +1,10 @@
 """Logits at chosen positions only: the body once, then the head on the rows that are wanted."""
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,9 +30,38 @@ class RowLogits(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """[N, V] of hidden [N, H]. Rows of the head beyond the tokenizer's ids are no tokens: they take no part."""
-        logits = self.model.get_output_embeddings()(hidden)[:, : self.vocabulary_size]
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return _capped(self.model.get_output_embeddings()(hidden)[:, : self.vocabulary_size], self.softcap)
+
+    @property
+    def softcap(self) -> float | None:
+        """The logits are softcap * tanh(logits / softcap), as in Gemma 2."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def keep_head(self, path: Path) -> None:
+        """Write what `KeptHead` reads: weight [V, H], bias [V] where there is one, and the soft cap."""
+        head = self.model.get_output_embeddings()
+        rows = {name: getattr(head, name, None) for name in ("weight", "bias")}
+        tensors = {name: tensor[: self.vocabulary_size].detach().cpu().contiguous() for name, tensor in rows.items() if tensor is not None}
+        save_file(tensors, path, {"softcap": str(self.softcap or 0.0)})
+
+
+class KeptHead:
+    """The teacher's head out of a cache: logits of the hidden states that are kept there."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        with safe_open(path, "pt", device=str(device)) as file:
+            self._weight: Tensor = file.get_tensor("weight")
+            self._bias: Tensor | None = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118
+            self._softcap = float(file.metadata()["softcap"])
+
+    def __call__(self, states: Tensor, scale: Tensor) -> Tensor:
+        """float32 [N, V] of hidden states [N, H], int8 in units of scale [N]."""
+        hidden = (states.float() * scale[:, None]).to(self._weight.dtype)
+        return _capped(nn.functional.linear(hidden, self._weight, self._bias), self._softcap).float()
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def rows_that_are_tokens(model: PreTrainedModel, name: str, vocabulary: Vocabulary) -> int:

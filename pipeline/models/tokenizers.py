@@ -1,5 +1,6 @@
 """A record as one model reads it: template, token ids, and the content bytes that every token covers."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ class RecordTokenizer:
         except jinja2.TemplateError as error:
             raise InputError(f"data.template is no Jinja template: {error}.") from None
         self.vocabulary = self._vocabulary()
+
+    def digest(self) -> str:
+        """SHA-256 over all that decides how a record is rendered: equal digests, equal tokens."""
+        template = self.tokenizer.get_chat_template() if self.template == "chat" else self.template
+        return hashlib.sha256(json.dumps([self._plain.to_str(), template, self._bos, self._eos, self.vocabulary.end_ids]).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of plain texts, nothing added."""

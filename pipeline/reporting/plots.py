@@ -39,6 +39,33 @@ def plot_curves(path: Path, metrics: dict[str, list[dict[str, float]]], results:
         figure.savefig(temporary, dpi=130, format="png")
 
 
+def plot_cache(path: Path, shown: dict[str, Any]) -> None:
+    """How much of the teacher's mass is kept, and what a position's bytes go into. shown: what `inspection.cache` gives."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    mass, size = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    shares = [100 * row["share"] for row in shown["kept_mass"]]
+    bars = mass.bar(range(len(shares)), shares, color=COLOURS["distilled"], width=0.86)
+    mass.bar_label(bars, labels=[f"{share:.1f}" if share else "" for share in shares], padding=2, fontsize=9)
+    mass.set_xticks(range(len(shares)), [f"{row['from']:g}–\n{row['to']:g}" for row in shown["kept_mass"]])
+    mass.set(xlabel="probability mass of the kept tokens, temperature 1", ylabel="share of positions (%)")
+    mass.set_title(f"kept mass: {shown['mean_kept_mass']:.3f} in {shown['mean_kept']:.1f} tokens on the average", fontsize=11)
+    mass.margins(y=0.12)
+
+    columns = shown["columns"][::-1]
+    values = [row["per_position"] for row in columns]
+    bars = size.barh(range(len(columns)), values, color=COLOURS["sft"], height=0.78)
+    size.bar_label(bars, labels=[f"{row['per_position']:.2f} ({row['share']:.1%})" for row in columns], padding=3, fontsize=9)
+    size.set_yticks(range(len(columns)), [row["column"] for row in columns])
+    size.set(xlabel="bytes a position, compressed")
+    size.set_title(f"logits and ranks files: {shown['bytes_per_position']:.1f} bytes a position", fontsize=11)
+    size.margins(x=0.24)
+    for axis in (mass, size):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{shown['teacher']}: {shown['positions']:,} positions of {shown['tokens']:,} tokens, {shown['records']:,} records", fontsize=12)
+    with appears_whole(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Exponential mean over about a twentieth of the run."""
     share = 1 / max(len(values) / 20, 1)

@@ -194,11 +194,16 @@ def damage(path: Path) -> tuple[dict[str, str], list[str]]:
     return wrong, pieces
 
 
-def repair(path: Path) -> None:
-    """Take back every damaged piece, and the manifest, so that the next run of the stage redoes just those."""
+def repair(path: Path, found: dict[str, str]) -> None:
+    """Take back every damaged piece, and the manifest, so that the next run of the stage redoes just those.
+
+    found: file -> problem, for files that are as they were written and yet wrong.
+    """
     folder = RunFolder(path)  # first: nobody may be writing while pieces are taken back
     try:
         wrong, pieces = damage(path)
+        wrong |= found
+        pieces += [name for name in _commit_names(path) if name not in pieces and found.keys() & _read_commit(path, name)["files"].keys()]
         if wrong:
             (path / "manifest.json").unlink(missing_ok=True)
         for name in pieces:

@@ -4,7 +4,8 @@ A projection is linear: a share of each kept token's mass goes to one student to
 is tempered before it is projected: projecting first would be another distribution.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,6 +27,11 @@ class Projection:
     realised_path: bool = False
     """Place the realised teacher token by what followed it in the record, not by the map."""
 
+    @cached_property
+    def is_identity(self) -> bool:
+        """Every token is itself."""
+        return not self.realised_path and bool((self.student_id == np.arange(len(self.student_id))).all())
+
 
 @dataclass(frozen=True)
 class Projected:
@@ -34,29 +40,51 @@ class Projected:
     position: np.ndarray  # int64 [P] the student's positions
     entries: np.ndarray  # int64 [P] entries per position
     logprobs: np.ndarray  # float32 [sum of entries]
-    log_share: np.ndarray  # float32 [sum of entries] log of the share of its mass that is placed
-    column: np.ndarray  # int64 [sum of entries] into column_ids; REST: not placed
+    log_share: np.ndarray | None  # float32 [sum of entries] log of the share of its mass that is placed; None: all of it
+    column: np.ndarray | None  # int64 [sum of entries] into column_ids; REST: not placed; None: each entry is a column
     columns: np.ndarray  # int64 [P] columns per position
-    column_ids: np.ndarray  # int32 [sum of columns] student tokens, ascending inside a position
+    column_ids: np.ndarray  # int32 [sum of columns] student tokens, each once inside a position
     rests: np.ndarray  # float32 [S, P]
     unkept: np.ndarray  # int64 [P]
+    hidden: tuple[np.ndarray, np.ndarray] | None = None  # int8 [P, H] and float32 [P]: the teacher's last states and their scales
 
 
 @dataclass(frozen=True)
 class SparseTarget:
-    """Distributions over C student tokens and one rest. Columns that a row does not need repeat one of its tokens with probability 0."""
+    """Distributions over C student tokens and one rest. Columns that a row does not need repeat one of its tokens with probability 0.
+
+    How the rest is shared out is the student's own affair, unless `log_ratio` or `log_tail` says otherwise.
+    """
 
     ids: Tensor  # int64 [N, C]
     probs: Tensor  # float32 [N, C]
     rest: Tensor  # float32 [N] the mass of all other tokens
     temperature: float
+    log_ratio: Tensor | None = None  # float32 [V] the student's own shares are multiplied by exp of it
+    log_tail: Tensor | None = None  # float32 [N, V] the rest is shared out in proportion to exp of it
 
     def to(self, device: torch.device) -> "SparseTarget":
-        return SparseTarget(self.ids.to(device), self.probs.to(device), self.rest.to(device), self.temperature)
+        tensors = {name: value.to(device) for name in ("ids", "probs", "rest", "log_ratio", "log_tail") if (value := getattr(self, name)) is not None}
+        return replace(self, **tensors)
 
     def top(self) -> Tensor:
         """int64 [N]: the student token with the most mass."""
         return self.ids.gather(-1, self.probs.argmax(-1, keepdim=True))[:, 0]
+
+    def log_shares(self, log_student: Tensor) -> Tensor | None:
+        """float32 [N, V]: log of each other token's share of the rest; None: as the student has it.
+
+        log_student: the student's log-shares of its own rest, very low for the target's tokens.
+        """
+        if self.log_ratio is not None:
+            return (log_student + self.log_ratio).log_softmax(-1)
+        if self.log_tail is not None:
+            return self.log_tail.scatter(-1, self.ids, NO_SHARE).log_softmax(-1)
+        return None
+
+
+NO_SHARE = -1e9
+"""The log of nothing, but finite."""
 
 
 def project(projection: Projection, targets: Targets, temperatures: list[float], vocabulary_size: int, teacher: Tokens, student: Tokens) -> Projected:
@@ -65,6 +93,8 @@ def project(projection: Projection, targets: Targets, temperatures: list[float],
     The realised token takes part everywhere, whether it was among the kept ones or not.
     vocabulary_size: the teacher's, without unused rows of its head.
     """
+    if projection.is_identity and teacher is student and np.array_equal(targets.position, teacher.answer_positions()):
+        return _as_it_is(with_realised(targets, teacher.ids[targets.position + 1], temperatures), vocabulary_size)
     at_teacher, at_student = align(teacher, student)
     row = np.searchsorted(targets.position, at_teacher)
     described = (row < len(targets.position)) & (np.append(targets.position, -1)[row] == at_teacher)
@@ -106,6 +136,24 @@ def project(projection: Projection, targets: Targets, temperatures: list[float],
         column_ids=(keys % span).astype(np.int32),
         rests=targets.rests[:, row],
         unkept=vocabulary_size - entries,
+        hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden[row], targets.hidden_scale[row]),
+    )
+
+
+def _as_it_is(targets: Targets, vocabulary_size: int) -> Projected:
+    """With the same tokens in the same places there is nothing to do."""
+    entries = targets.kept.astype(np.int64)
+    return Projected(
+        position=targets.position.astype(np.int64),
+        entries=entries,
+        logprobs=targets.logprobs,
+        log_share=None,
+        column=None,
+        columns=entries,
+        column_ids=targets.ids,
+        rests=targets.rests,
+        unkept=vocabulary_size - entries,
+        hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden, targets.hidden_scale),
     )
 
 
@@ -135,29 +183,45 @@ def at_temperature(records: list[Projected], stored: list[float], temperature: f
     Placed and unplaced mass of a position sum to 1; what is not placed is in the rest. Computed in float64.
     """
     entries = np.concatenate([record.entries for record in records])
-    n = len(entries)
-    owner = np.repeat(np.arange(n), entries)
+    begins = np.cumsum(entries) - entries
     scaled = np.concatenate([record.logprobs for record in records]).astype(np.float64) / temperature
-    log_rest = np.concatenate([rest_at(record.rests, stored, record.unkept, temperature) for record in records])
-    top = np.maximum(log_rest, np.maximum.reduceat(scaled, np.cumsum(entries) - entries))
-    normaliser = top + np.log(np.bincount(owner, np.exp(scaled - top[owner]), n) + np.exp(log_rest - top))
-    mass = np.exp(scaled - normaliser[owner])
-    share = np.exp(np.concatenate([record.log_share for record in records]).astype(np.float64))
+    log_rest = rest_at(np.concatenate([record.rests for record in records], 1), stored, np.concatenate([record.unkept for record in records]), temperature)
+    top = np.maximum(log_rest, np.maximum.reduceat(scaled, begins))
+    scaled -= np.repeat(top, entries)
+    mass = np.exp(scaled, out=scaled)
+    rest = np.exp(log_rest - top)
+    total = np.add.reduceat(mass, begins) + rest
+    mass /= np.repeat(total, entries)
+    rest /= total
 
     columns = np.concatenate([record.columns for record in records])
-    first = np.cumsum(columns) - columns
-    starts = np.cumsum([0, *(len(record.column_ids) for record in records)])
-    column = np.concatenate([np.where(r.column == REST, REST, r.column + s) for r, s in zip(records, starts[:-1], strict=True)])
-    placed = column != REST
-    flat = np.bincount(column[placed], (mass * share)[placed], starts[-1])
-    rest = np.exp(log_rest - normaliser) + np.bincount(owner, np.where(placed, mass * (1 - share), mass), n)
-
+    ids = np.concatenate([record.column_ids for record in records])
+    if any(record.column is not None for record in records):
+        mass, rest = _placed(records, mass, rest)
     width = int(columns.max(initial=1))
-    inside = np.arange(width)[None] < columns[:, None]  # [N, C]
-    index = np.where(inside, first[:, None] + np.arange(width)[None], first[:, None])
-    ids = np.concatenate([record.column_ids for record in records])[index]
-    probs = np.where(inside, flat[index], 0.0)
-    return SparseTarget(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(probs.astype(np.float32)), torch.from_numpy(rest.astype(np.float32)), temperature)
+    inside = np.arange(width) < columns[:, None]  # [N, C]
+    has = columns > 0
+    padded = np.zeros(inside.shape, dtype=np.int64)
+    padded[has] = ids[(np.cumsum(columns) - columns)[has], None]
+    padded[inside] = ids
+    probs = np.zeros(inside.shape, dtype=np.float32)
+    probs[inside] = mass
+    return SparseTarget(torch.from_numpy(padded), torch.from_numpy(probs), torch.from_numpy(rest.astype(np.float32)), temperature)
+
+
+def _placed(records: list[Projected], mass: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The entries' mass summed up in columns, what is not placed in the rest."""
+    columns, shares, first = [], [], 0
+    for record in records:
+        column = np.arange(len(record.logprobs)) if record.column is None else record.column
+        columns.append(np.where(column == REST, REST, column + first))
+        shares.append(np.ones(len(column)) if record.log_share is None else np.exp(record.log_share.astype(np.float64)))
+        first += len(record.column_ids)
+    column, share = np.concatenate(columns), np.concatenate(shares)
+    placed = column != REST
+    unplaced = np.where(placed, mass * (1 - share), mass)
+    owner = np.repeat(np.arange(len(rest)), np.concatenate([record.entries for record in records]))
+    return np.bincount(column[placed], (mass * share)[placed], first), rest + np.bincount(owner, unplaced, len(rest))
 
 
 def specials_to_specials(teacher: Vocabulary, student: Vocabulary, student_id: np.ndarray) -> np.ndarray:

@@ -1,21 +1,16 @@
-"""The teacher's word at a position: the log-probabilities of its strongest tokens and the mass of all others.
+"""The teacher's word on a record: the log-probabilities of what is kept at each position, and the mass of all others.
 
-From `strongest` on these are natural logarithms of probabilities at temperature 1 over the whole vocabulary.
+Natural logarithms of probabilities at temperature 1 over the whole vocabulary.
 """
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from pipeline.errors import NumericsError
 
 
 @dataclass(frozen=True)
 class Targets:
-    """A record's targets. The kept tokens lie flat, position after position, each position's strongest first."""
+    """A record's targets. The kept tokens lie flat, position after position."""
 
     position: np.ndarray  # int32 [P]; position t describes token t+1
     kept: np.ndarray  # uint16 [P] how many tokens are kept
@@ -23,85 +18,12 @@ class Targets:
     logprobs: np.ndarray  # float32 [sum of kept]
     rests: np.ndarray  # float32 [S, P] log of the sum of exp(logprob / temperature) over the tokens not kept
     realised_logprob: np.ndarray  # float32 [P] of the token that follows in the record
-    entropy: np.ndarray  # float32 [P] nats, of the full distribution
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What `strongest` keeps of a chunk of positions, on the device."""
-
-    ids: Tensor  # int64 [N, K]
-    logprobs: Tensor  # float32 [N, K]
-    rests: Tensor  # float32 [S, N]
-    realised_logprob: Tensor  # float32 [N]
-    entropy: Tensor  # float32 [N]
-
-
-def strongest(logits: Tensor, realised: Tensor, keep: int, temperatures: list[float]) -> Kept:
-    """Keep the `keep` strongest tokens per position; ties at the cut by the lower id.
-
-    logits: [N, V], any float type (-inf: no token). realised: int64 [N], the ids that follow.
-    NumericsError, naming the row in `.args[1]`, if a logit is NaN or +inf or all are -inf.
-    """
-    rows = len(logits) if logits.is_cuda else CPU_ROWS
-    space = torch.empty((2, rows, logits.shape[-1]), dtype=torch.float32, device=logits.device)
-    return concatenated([_strongest(logits[i : i + rows], realised[i : i + rows], keep, temperatures, space, i) for i in range(0, len(logits), rows)])
-
-
-def concatenated(parts: list[Kept]) -> Kept:
-    """Chunk after chunk, as one."""
-    return Kept(*(torch.cat([getattr(part, field.name) for part in parts], dim=1 if field.name == "rests" else 0) for field in fields(Kept)))
-
-
-CPU_ROWS = 2
-"""Positions that are worked on at once on a CPU, so that the many passes over them find them in its cache."""
-
-
-def _strongest(logits: Tensor, realised: Tensor, keep: int, temperatures: list[float], space: Tensor, first: int) -> Kept:
-    shifted, power = space[:, : len(logits)]
-    highest = logits.amax(-1, keepdim=True).float()  # NaN if there is one
-    wrong = ~highest.isfinite()[:, 0]
-    if wrong.any():
-        raise NumericsError("the logits are not finite", first + int(wrong.nonzero()[0, 0]))
-    torch.sub(logits, highest, out=shifted).clamp_(min=-1e30)  # -inf * 0 would be NaN
-    ids = _top(shifted, min(keep, shifted.shape[-1]))
-    kept = shifted.gather(-1, ids)
-    follows = shifted.gather(-1, realised[:, None])[:, 0]
-
-    # from the highest temperature down to 1: squaring is cheaper than another exponential, and loses nothing to underflow
-    rests: list[Tensor] = []
-    for i, temperature in enumerate(reversed(temperatures)):
-        squarings = math.log2(temperatures[-i] / temperature) if i else 0.5
-        if squarings.is_integer():
-            for _ in range(int(squarings)):
-                power.square_()
-        else:
-            torch.exp(torch.div(shifted, temperature, out=power), out=power).scatter_(-1, ids, 0.0)
-        rests.insert(0, power.sum(-1))
-    strong = kept.exp()
-    total = rests[0] + strong.sum(-1)
-    normaliser = total.log()
-    expected = (power.mul_(shifted).sum(-1) + (strong * kept).sum(-1)) / total
-    logs = torch.stack([rest.log() - normaliser / temperature for rest, temperature in zip(rests, temperatures, strict=True)])
-    return Kept(ids, kept - normaliser[:, None], logs, follows - normaliser, normaliser - expected)
-
-
-BLOCK = 64
-
-
-def _top(values: Tensor, keep: int) -> Tensor:
-    """int64 [N, keep]: the ids of the largest values, (value descending, id ascending): a total order, unlike topk's own.
-
-    Whatever is among the `keep` first lies in one of the `keep` blocks whose maxima come first in that order: every other
-    block has that many elements before all of its own.
-    """
-    odd = -values.shape[-1] % BLOCK
-    padded = torch.nn.functional.pad(values, (0, odd), value=-torch.inf) if odd else values
-    blocks = padded.unflatten(-1, (-1, BLOCK))
-    chosen = blocks.amax(-1).sort(dim=-1, descending=True, stable=True).indices[:, :keep].sort(dim=-1).values
-    candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
-    inside = candidates.sort(dim=-1, descending=True, stable=True).indices[:, :keep]
-    return chosen.gather(-1, inside // BLOCK) * BLOCK + inside % BLOCK
+    counts: np.ndarray | None = None  # uint8 [sum of kept] how often each token was drawn, if tokens were drawn
+    entropy: np.ndarray | None = None  # float32 [P] nats, of the full distribution
+    logsumexp: np.ndarray | None = None  # float32 [P] of the raw logits
+    boundary: np.ndarray | None = None  # float32 [P, CLASSES] log mass of the classes of the next token's first byte
+    hidden: np.ndarray | None = None  # int8 [P, H] the last hidden state, in units of hidden_scale
+    hidden_scale: np.ndarray | None = None  # float32 [P]
 
 
 def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperature: float) -> np.ndarray:
@@ -123,37 +45,35 @@ def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperat
         # the true values are convex in 1/temperature: where a rest too faint for float32 bends the polynomial, the chord holds
         left = int((nodes > x).sum()) - 1
         result = np.minimum(result, values[left] + (values[left + 1] - values[left]) * (x - nodes[left]) / (nodes[left + 1] - nodes[left]))
-    # nothing unkept: no mass at any temperature
-    return np.where(unkept > 0, result, -np.inf)
+    # nothing unkept, or nothing left to them by design: no mass at any temperature
+    return np.where((unkept > 0) & (rests > -np.inf).any(0), result, -np.inf)
 
 
 def with_realised(targets: Targets, realised: np.ndarray, temperatures: list[float]) -> Targets:
     """The same targets with the realised token among the kept ones everywhere, its mass taken out of the rests.
 
-    realised: int32 [P], the token that follows each position.
+    realised: int32 [P], the token that follows each position. What was drawn stays as it is: it is an unbiased estimate.
     """
-    owner = np.repeat(np.arange(len(targets.kept)), targets.kept)
+    if targets.counts is not None:
+        return targets
     has = np.zeros(len(targets.kept), dtype=bool)
-    has[owner[targets.ids == realised[owner]]] = True
+    counts = targets.kept.astype(np.int64)
+    ends = np.cumsum(counts)
+    has[np.searchsorted(ends, np.flatnonzero(targets.ids == np.repeat(realised, counts)), side="right")] = True
     missing = np.flatnonzero(~has & np.isfinite(targets.realised_logprob))
     if not len(missing):
         return targets
-    after = np.cumsum(targets.kept.astype(np.int64))[missing]
+    counts[missing] += 1
+    old = np.ones(len(targets.ids) + len(missing), dtype=bool)
+    old[ends[missing] + np.arange(len(missing))] = False  # behind the others of its position
+    ids = np.empty(len(old), dtype=targets.ids.dtype)
+    ids[old], ids[~old] = targets.ids, realised[missing]
+    logprobs = np.empty(len(old), dtype=targets.logprobs.dtype)
+    logprobs[old], logprobs[~old] = targets.logprobs, targets.realised_logprob[missing]
     rests = targets.rests.copy()
-    for i, temperature in enumerate(temperatures):
-        taken = targets.realised_logprob[missing].astype(np.float64) / temperature - rests[i, missing]
-        rests[i, missing] += _log1mexp(np.minimum(taken, -1e-7))
-    kept = targets.kept.copy()
-    kept[missing] += 1
-    return Targets(
-        position=targets.position,
-        kept=kept,
-        ids=np.insert(targets.ids, after, realised[missing]),
-        logprobs=np.insert(targets.logprobs, after, targets.realised_logprob[missing]),
-        rests=rests,
-        realised_logprob=targets.realised_logprob,
-        entropy=targets.entropy,
-    )
+    taken = targets.realised_logprob[missing].astype(np.float64) / np.array(temperatures)[:, None] - rests[:, missing]
+    rests[:, missing] += _log1mexp(np.minimum(taken, -1e-7))
+    return replace(targets, kept=counts.astype(targets.kept.dtype), ids=ids, logprobs=logprobs, rests=rests)
 
 
 def _log1mexp(x: np.ndarray) -> np.ndarray:

@@ -80,6 +80,46 @@ def same_vocabulary(one: Vocabulary, other: Vocabulary) -> bool:
     return one.token_bytes[:n] == other.token_bytes[:n] and bool((one.special[:n] == other.special[:n]).all()) and not any(longer.token_bytes[n:])
 
 
+CLASSES = (
+    "end",
+    "other special",
+    "space",
+    "newline",
+    "other control",
+    "tab",
+    "a-z",
+    "A-Z",
+    "0-9",
+    "quote",
+    "sentence punctuation",
+    "other ASCII",
+    "2-byte lead",
+    "3- or 4-byte lead",
+    "continuation",
+    "no UTF-8",
+)
+"""Of tokens by their first byte."""
+
+
+def first_byte_classes(vocabulary: Vocabulary) -> np.ndarray:
+    """int64 [V]: which of CLASSES each token begins with."""
+    of_byte = np.full(256, CLASSES.index("other ASCII"), dtype=np.int64)
+    of_byte[:0x20] = CLASSES.index("other control")
+    of_byte[0x7F] = CLASSES.index("other control")
+    of_byte[0x80:0xC0] = CLASSES.index("continuation")
+    of_byte[0xC0:] = CLASSES.index("no UTF-8")
+    of_byte[0xC2:0xE0] = CLASSES.index("2-byte lead")
+    of_byte[0xE0:0xF5] = CLASSES.index("3- or 4-byte lead")
+    for name, letters in (("space", b" "), ("newline", b"\n"), ("tab", b"\t"), ("quote", b"\"'`"), ("sentence punctuation", b".,;:!?")):
+        of_byte[list(letters)] = CLASSES.index(name)
+    of_byte[ord("a") : ord("z") + 1] = CLASSES.index("a-z")
+    of_byte[ord("A") : ord("Z") + 1] = CLASSES.index("A-Z")
+    of_byte[ord("0") : ord("9") + 1] = CLASSES.index("0-9")
+    classes = np.array([of_byte[token[0]] if token else CLASSES.index("other special") for token in vocabulary.token_bytes], dtype=np.int64)
+    classes[list(vocabulary.end_ids)] = CLASSES.index("end")
+    return classes
+
+
 def _style(tokenizer: dict[str, Any]) -> str:
     kinds = set(_types(tokenizer.get("decoder"))) | set(_types(tokenizer.get("pre_tokenizer")))
     if "ByteLevel" in kinds:

@@ -25,12 +25,14 @@ class Batch:
     record: Tensor  # int64 [N] which record a row belongs to
     known: Tensor  # int64 [M] the rows for which there is a word of the teacher
     teacher: SparseTarget | None  # [M, C]; None if there is none
+    hidden: tuple[Tensor, Tensor] | None  # int8 [M, H] and float32 [M]: the teacher's last states and their scales, if they were read
     tokens: int
     """Without padding."""
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known")}
-        return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None)
+        hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
+        return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None, hidden=hidden)
 
 
 def make_batch(records: list[Tokens], projected: list[Projected | None], weights: list[float], stored: list[float], temperature: float) -> Batch:
@@ -58,8 +60,13 @@ def make_batch(records: list[Tokens], projected: list[Projected | None], weights
         record=torch.from_numpy(record),
         known=torch.from_numpy(np.concatenate([*known, np.zeros(0, dtype=np.int64)]).astype(np.int64)),
         teacher=at_temperature(words, stored, temperature) if words else None,
+        hidden=(_joined(words, 0), _joined(words, 1)) if words and words[0].hidden is not None else None,
         tokens=sum(len(tokens) for tokens in records),
     )
+
+
+def _joined(words: list[Projected], part: int) -> Tensor:
+    return torch.from_numpy(np.concatenate([word.hidden[part] for word in words if word.hidden is not None]))
 
 
 def made_ahead(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

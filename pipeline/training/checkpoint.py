@@ -11,15 +11,18 @@ from pipeline.errors import DamageError
 from pipeline.files import appears_whole
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, torch.Tensor] | None = None) -> None:
+    """others: further tensors that training goes on from."""
     tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    tensors |= {f"other.{name}": tensor.detach().cpu().contiguous() for name, tensor in (others or {}).items()}
     with appears_whole(path) as temporary:
         save_file(tensors, temporary)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, torch.Tensor] | None = None) -> None:
+    """Everything is copied into what is given."""
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -27,6 +30,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     with torch.no_grad():
         for name, tensor in _state(model).items():
             tensor.copy_(tensors[f"model.{name}"])
+        for name, tensor in (others or {}).items():
+            tensor.copy_(tensors[f"other.{name}"])
     whole = optimizer.state_dict()
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

@@ -1,7 +1,8 @@
 """The weighted sum of the named losses. The one place that averages."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +20,22 @@ class Part:
     function: Callable[..., Tensor]
     asks_for: tuple[str, ...]
     options: dict[str, object]
+    tail: str = "rest"
+    """How the teacher's unkept mass is shared out: rest (as the student does), calibrated or hidden."""
 
     @property
     def needs_teacher(self) -> bool:
         return "teacher" in self.asks_for
 
 
-def parts(objective: list[tuple[str, float, dict[str, object]]]) -> list[Part]:
-    """From (name, weight, options); what weighs nothing is left out."""
+def parts(objective: list[tuple[str, float, dict[str, object], str]]) -> list[Part]:
+    """From (name, weight, options, tail); what weighs nothing is left out."""
     found: list[Part] = []
-    for loss, weight, options in objective:
+    for loss, weight, options, tail in objective:
         if weight > 0:
             again = sum(part.name.startswith(loss) for part in found)
             name = f"{loss}_{again + 1}" if again else loss
-            found.append(Part(name, weight, find("losses", loss), parameters("losses", loss)[0], options))
+            found.append(Part(name, weight, find("losses", loss), parameters("losses", loss)[0], options, tail))
     return found
 
 
@@ -41,19 +44,23 @@ def mass(batch: Batch) -> Tensor:
     return torch.stack([batch.weights.double().sum(), batch.weights[batch.known].double().sum()])
 
 
-def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """This batch's share of the step's loss (a sum over batches gives the whole), and each part's share without its weight.
 
-    logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices.
+    logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices. log_ratio and log_tail
+    say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget).
     """
-    everything = {"student": logits, "realised": batch.realised}
-    where_known = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher}
+    shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
+    everything: dict[str, Any] = {"student": logits, "realised": batch.realised}
+    where_known: dict[str, Any] = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher}
     shares: dict[str, Tensor] = {}
     whole = logits[:0].float().sum()  # 0, but of the graph: a batch without any word of the teacher can be gone back through
     for part in objective:
         if part.needs_teacher and batch.teacher is None:
             continue
         given = where_known if part.needs_teacher else everything
+        if part.tail != "rest" and batch.teacher is not None:
+            given = given | {"teacher": replace(batch.teacher, **shared_out[part.tail])}
         values = part.function(*(given[name] for name in part.asks_for), **part.options)
         weights = batch.weights[batch.known] if part.needs_teacher else batch.weights
         share = (values * weights).sum() / total[int(part.needs_teacher)].clamp(min=1e-9).float()

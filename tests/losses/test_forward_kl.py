@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,3 +189,46 @@ def test_cross_entropy_is_that_of_a_dense_reference():
     np.testing.assert_allclose(cross_entropy(logits, realised).double().numpy(), wanted, rtol=1e-5, atol=1e-5)
     shifted = -log_softmax(logits.double().numpy())[np.arange(6), realised.roll(1)]
     assert not np.allclose(cross_entropy(logits, realised).double().numpy(), shifted, atol=0.1)
+
+
+def dense_of(target: SparseTarget, logits: Tensor, log_weights: np.ndarray) -> np.ndarray:
+    """The target as full distributions, its rest shared out in proportion to exp(log_weights) [N, V] over the other tokens."""
+    full = np.zeros(logits.shape)
+    for row in range(len(full)):
+        kept = np.zeros(full.shape[1], bool)
+        for id, mass in zip(target.ids[row].tolist(), target.probs[row].double().tolist(), strict=True):
+            full[row, id] += mass
+            kept[id] = True
+        weights = np.where(kept, 0.0, np.exp(log_weights[row] - log_weights[row].max()))
+        full[row] += float(target.rest[row]) * weights / max(weights.sum(), 1e-300)
+    return full
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), vocabulary=st.integers(3, 60), temperature=st.sampled_from([1.0, 2.0, 5.5]), scale=st.sampled_from([0.1, 3.0, 12.0]), which=st.sampled_from(["ratio", "tail"]))
+def test_with_the_rest_shared_out_it_is_the_divergence_over_all_tokens(seed, vocabulary, temperature, scale, which):
+    target = a_target(seed, 5, vocabulary, min(vocabulary - 1, 4), temperature)
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(5, vocabulary, generator=generator) * scale).requires_grad_()
+    log_p = log_softmax(logits.detach().double().numpy(), temperature)
+    if which == "ratio":
+        given_ratio = torch.randn(vocabulary, generator=generator)
+        shared, log_weights = replace(target, log_ratio=given_ratio), log_p + given_ratio.double().numpy()
+    else:
+        given_tail = torch.randn(5, vocabulary, generator=generator) * 3
+        shared, log_weights = replace(target, log_tail=given_tail), given_tail.double().numpy()
+    full = dense_of(target, logits, log_weights)
+    loss = forward_kl(logits, shared)
+    loss.sum().backward()
+    assert logits.grad is not None
+    wanted = temperature**2 * np.where(full > 0, full * (np.log(np.maximum(full, 1e-300)) - log_p), 0).sum(-1)
+    np.testing.assert_allclose(loss.detach().double().numpy(), wanted, rtol=2e-4, atol=2e-4)
+    # what the student's own shares are multiplied by is not gone back through: the gradient is that of a fixed target
+    np.testing.assert_allclose(logits.grad.double().numpy(), temperature * (np.exp(log_p) - full), rtol=2e-3, atol=2e-5)
+
+
+def test_a_ratio_of_one_changes_nothing():
+    target = a_target(3, 6, 40, 5, 2.0)
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(forward_kl(logits, replace(target, log_ratio=torch.zeros(40))), forward_kl(logits, target))
+    torch.testing.assert_close(forward_kl(logits, replace(target, log_tail=logits / 2)), forward_kl(logits, target))

@@ -1,11 +1,24 @@
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from pipeline.errors import InputError
-from pipeline.models.heads import row_logits
+from pipeline.models.heads import KeptHead, row_logits
+from pipeline.signals.codec import encode_hidden
 from tests.models import real
 
 SMALL = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
@@ -21,7 +34,15 @@ def gemma(**more) -> PreTrainedModel:
     return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL | {"head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]} | more)).eval()
 
 
-MODELS = {"llama": llama, "llama, tied": lambda: llama(tie_word_embeddings=True), "gemma": gemma, "gemma, capped": lambda: gemma(final_logit_softcapping=2.0)}
+def phi(**more) -> PreTrainedModel:
+    """With a bias in its head."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**SMALL | {"num_key_value_heads": 2} | more)).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+MODELS = {"llama": llama, "llama, tied": lambda: llama(tie_word_embeddings=True), "gemma": gemma, "gemma, capped": lambda: gemma(final_logit_softcapping=2.0), "phi, with a bias": phi}
 
 
 def check(model: PreTrainedModel, rows_to_ours=lambda rows: rows) -> None:
@@ -81,6 +102,41 @@ def test_a_cap_that_is_forgotten_is_refused(monkeypatch):
     monkeypatch.setattr("pipeline.models.heads.RowLogits.head", lambda self, hidden: self.model.get_output_embeddings()(hidden)[:, :70])
     with pytest.raises(InputError, match="after the head"):
         row_logits(model, "tiny", 70)
+
+
+def check_kept_head(model: PreTrainedModel, file: Path, bits: float = 0.5) -> None:
+    """Logits of int8 states and the head that was kept: off by what rounding each element by half its scale can make."""
+    module = row_logits(model, "tiny", 60)
+    module.keep_head(file)
+    with torch.inference_mode():
+        hidden = module.hidden(torch.arange(16)[None])
+        theirs = module.head(hidden).float()
+        states, scale = encode_hidden(hidden.float().numpy())
+        ours = KeptHead(file, torch.device("cpu"))(torch.from_numpy(states), torch.from_numpy(scale))
+        allowed = bits * torch.from_numpy(scale)[:, None] * model.get_output_embeddings().weight[:60].abs().sum(-1)[None]
+    assert ours.shape == (16, 60)
+    assert ours.dtype == torch.float32
+    assert ((ours - theirs).abs() <= allowed + 1e-4).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_kept_head_gives_the_models_logits_of_int8_states(name: str, tmp_path: Path):
+    check_kept_head(MODELS[name](), tmp_path / "head.safetensors")
+
+
+def test_control_a_kept_head_without_its_cap_or_its_bias_and_a_bound_a_tenth_as_wide_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(AssertionError):
+        check_kept_head(llama(), tmp_path / "head.safetensors", bits=0.05)
+    real = KeptHead.__init__
+
+    def forgets(self, *arguments):
+        real(self, *arguments)
+        self._bias, self._softcap = None, 0.0
+
+    monkeypatch.setattr(KeptHead, "__init__", forgets)
+    for model in (gemma(final_logit_softcapping=2.0), phi()):
+        with pytest.raises(AssertionError):
+            check_kept_head(model, tmp_path / "head.safetensors")
 
 
 def test_logits_of_a_real_model_are_its_own():

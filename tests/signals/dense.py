@@ -90,10 +90,16 @@ def log_sum(values: np.ndarray) -> float:
     return float(values.max() + np.log(np.exp(values - values.max()).sum()))
 
 
-def targets_of(logits: np.ndarray, tokens: Tokens, position: np.ndarray, keep: int, temperatures: list[float]) -> Targets:
-    """What `strongest` should make of logits [P, V], the rows of `position`."""
+def kept_of(row: np.ndarray, threshold: float, least: int, most: int) -> list[int]:
+    """The ids that are kept of a row of logits, ascending."""
+    enough = int((np.exp(log_softmax(row)) >= threshold).sum()) if threshold > 0 else most
+    return sorted(order(row)[: min(max(enough, least), most)])
+
+
+def targets_of(logits: np.ndarray, tokens: Tokens, position: np.ndarray, keep: int, temperatures: list[float], threshold: float = 0.0, least: int = 1) -> Targets:
+    """What the teacher's targets should be for logits [P, V], the rows of `position`: `keep` tokens each, or those from `threshold` on."""
     logprobs = log_softmax(logits)
-    ids = [order(row)[:keep] for row in logits]
+    ids = [kept_of(row, threshold, least, keep) for row in logits]
     outside = [np.setdiff1d(np.arange(logits.shape[-1]), kept) for kept in ids]
     rests = [[log_sum(row[others] / t) for row, others in zip(logprobs, outside, strict=True)] for t in temperatures]
     return Targets(

@@ -1,139 +1,14 @@
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import NumericsError
-from pipeline.signals import targets as module
-from pipeline.signals.targets import CPU_ROWS, Kept, rest_at, strongest, with_realised
-from tests.signals.dense import log_softmax, log_sum, order, targets_of, tokens_of
+from pipeline.signals.selection import strongest
+from pipeline.signals.targets import rest_at, with_realised
+from tests.signals.dense import log_softmax, log_sum, targets_of, tokens_of
 
 TEMPERATURES = [1.0, 2.0, 8.0]
-
-
-def check(logits: torch.Tensor, keep: int, temperatures: list[float], give: Callable[..., Kept] = strongest) -> None:
-    """Ids exactly, numbers to float32's precision."""
-    rows = logits.double().numpy()
-    realised = torch.arange(len(rows)) % rows.shape[1]
-    kept = give(logits, realised, keep, temperatures)
-    wanted = np.array([order(row)[:keep] for row in rows])
-    assert kept.ids.tolist() == wanted.tolist()
-    logprobs = log_softmax(rows)
-    near(kept.logprobs, np.take_along_axis(logprobs, wanted, 1))
-    near(kept.realised_logprob, logprobs[np.arange(len(rows)), realised])
-    near(kept.entropy, [-(np.exp(row) * row).sum() for row in (row[np.isfinite(row)] for row in logprobs)])
-    for rest, temperature in zip(kept.rests, temperatures, strict=True):
-        near(rest, [log_sum(np.delete(row, ids) / temperature) for row, ids in zip(logprobs, wanted, strict=True)])
-
-
-def near(found: torch.Tensor, wanted) -> None:
-    wanted = np.maximum(np.asarray(wanted, np.float64), -1e29)
-    np.testing.assert_allclose(np.maximum(found.double().numpy(), -1e29), wanted, rtol=2e-5, atol=3e-5)
-
-
-def bf16_with_ties(rows: int, vocabulary: int, seed: int, spread: float = 4.0) -> torch.Tensor:
-    values = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
-    return (values * 2).round().div(2).bfloat16()
-
-
-@settings(deadline=None, max_examples=30)
-@given(rows=st.integers(1, 7), vocabulary=st.integers(1, 300), keep=st.integers(1, 90), temperatures=st.sampled_from([[1.0], TEMPERATURES, [1.0, 3.0], [1.0, 1.5, 3.0, 4.0]]), seed=st.integers(0, 99))
-def test_what_is_kept_is_what_a_dense_float64_reference_keeps(rows, vocabulary, keep, temperatures, seed):
-    check(bf16_with_ties(rows, vocabulary, seed), keep, temperatures)
-
-
-@settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), offset=st.sampled_from([0.0, 500.0, -500.0]))
-def test_any_float_type_and_any_offset_of_the_logits_gives_the_reference(seed, dtype, offset):
-    logits = (torch.randn(5, 200, generator=torch.Generator().manual_seed(seed)) * 3 + offset).to(dtype)
-    check(logits, 16, TEMPERATURES)
-
-
-def test_the_last_rows_are_kept_when_their_number_is_no_multiple_of_those_worked_on_at_once():
-    for rows in range(1, 2 * CPU_ROWS + 2):
-        check(bf16_with_ties(rows, 100, rows), 8, TEMPERATURES)
-
-
-def test_a_tie_at_the_cut_goes_to_the_lower_id():
-    logits = torch.zeros(1, 1000)
-    logits[0, 700] = 1
-    kept = strongest(logits, torch.tensor([0]), 5, [1.0])
-    assert kept.ids.tolist() == [[700, 0, 1, 2, 3]]
-
-
-def test_control_ties_in_another_order_and_ties_lost_between_blocks_are_caught(monkeypatch):
-    logits = bf16_with_ties(4, 300, 1)
-    check(logits, 16, TEMPERATURES)
-
-    def ties_to_the_higher_id(values: torch.Tensor, keep: int) -> torch.Tensor:
-        return values.shape[-1] - 1 - values.flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :keep]
-
-    def a_block_too_few(values: torch.Tensor, keep: int) -> torch.Tensor:
-        return values[:, : values.shape[-1] // 64 * 64].sort(dim=-1, descending=True, stable=True).indices[:, :keep]
-
-    for broken in (ties_to_the_higher_id, a_block_too_few):
-        monkeypatch.setattr(module, "_top", broken)
-        with pytest.raises(AssertionError):
-            check(logits, 16, TEMPERATURES)
-
-
-def test_control_a_rest_of_the_kept_tokens_logprobs_over_t_is_caught():
-    """(1 - sum of kept)^(1/T), as DistillKit had it, is no sum over the others."""
-
-    def power_of_the_leftover(logits, realised, keep, temperatures):
-        kept = strongest(logits, realised, keep, temperatures)
-        return Kept(kept.ids, kept.logprobs, torch.stack([kept.rests[0] / t for t in temperatures]), kept.realised_logprob, kept.entropy)
-
-    with pytest.raises(AssertionError):
-        check(bf16_with_ties(4, 300, 1), 16, TEMPERATURES, give=power_of_the_leftover)
-
-
-def test_a_vocabulary_of_three_and_keeping_more_than_there_is_leave_no_rest():
-    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
-    check(logits, 2, TEMPERATURES)
-    for keep in (3, 64, 500):
-        kept = strongest(logits, torch.tensor([2, 1]), keep, TEMPERATURES)
-        assert kept.ids.tolist() == [[0, 2, 1], [0, 1, 2]]
-        assert (kept.rests == -torch.inf).all()
-        assert torch.allclose(kept.logprobs.exp().sum(-1), torch.ones(2))
-
-
-def test_one_hot_flat_and_faint_rows_give_the_reference():
-    one_hot = torch.zeros(1, 130)
-    one_hot[0, 77] = 60.0
-    faint = torch.full((1, 130), -69.0)  # exp(-69) is 1e-30
-    faint[0, :3] = torch.tensor([0.0, -69.0, -35.0])
-    for logits in (one_hot, torch.zeros(1, 130), faint):
-        for keep in (1, 2, 129):
-            check(logits, keep, TEMPERATURES)
-            check(logits, keep, [1.0, 3.0])
-
-
-def test_a_token_with_a_logit_of_minus_infinity_has_no_mass_anywhere():
-    logits = bf16_with_ties(3, 100, 3).float()
-    logits[:, 40:] = -torch.inf
-    check(logits, 16, TEMPERATURES)
-    kept = strongest(logits, torch.tensor([99, 0, 1]), 50, TEMPERATURES)
-    assert kept.logprobs[:, 40:].exp().sum() == 0
-    assert (kept.rests == -torch.inf).all()
-    assert kept.realised_logprob[0].exp() == 0
-    assert kept.entropy.isfinite().all()
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, "all -inf"])
-@pytest.mark.parametrize("row", [0, 3, 4])
-def test_a_logit_that_is_not_finite_is_an_error_that_names_its_row(bad, row):
-    logits = torch.zeros(5, 70)
-    if bad == "all -inf":
-        logits[row] = -torch.inf
-    else:
-        logits[row, 69] = bad
-    with pytest.raises(NumericsError) as error:
-        strongest(logits, torch.zeros(5, dtype=torch.int64), 4, TEMPERATURES)
-    assert error.value.args[1] == row
 
 
 # --- the rest at any temperature ---
@@ -195,7 +70,7 @@ def test_masked_tokens_outside_have_no_mass_at_any_temperature():
 def test_a_rest_too_faint_for_float32_at_temperature_1_stays_faint_between_the_stored_ones():
     logits = torch.full((1, 50000), -120.0)
     logits[0, :4] = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    kept = strongest(logits, torch.tensor([0]), 4, TEMPERATURES)
+    kept = strongest(logits, torch.tensor([0]), 0.0, 4, 4, TEMPERATURES)
     logprobs = log_softmax(logits.double().numpy())[0, 4:]
     for temperature in (1.5, 3.0, 4.0, 6.0):
         found = rest_at(kept.rests.numpy(), TEMPERATURES, np.array([49996]), temperature)

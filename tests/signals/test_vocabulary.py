@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from pipeline.errors import InputError
 from pipeline.models.tokenizers import RecordTokenizer
-from pipeline.signals.vocabulary import Vocabulary, same_vocabulary, vocabulary_of
+from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes, same_vocabulary, vocabulary_of
 from tests import tiny
 from tests.models import real
 from tests.signals import dense
@@ -141,3 +141,59 @@ def test_a_digest_tells_vocabularies_apart_and_does_not_depend_on_where_tokens_e
 
     assert of(b"a", b"b") == of(b"a", b"b")
     assert len({of(b"a", b"b"), of(b"b", b"a"), of(b"ab"), of(b"ab", b""), of(b"", b"ab"), of(b"a", b"b", special=True)}) == 6
+
+
+# --- classes of first bytes ---
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [
+        (b" a", "space"),
+        (b"\n", "newline"),
+        (b"\r\n", "other control"),
+        (b"\0", "other control"),
+        (b"\x7f", "other control"),
+        (b"\t\t", "tab"),
+        (b"apple", "a-z"),
+        (b"z", "a-z"),
+        (b"A1", "A-Z"),
+        (b"Z", "A-Z"),
+        (b"09", "0-9"),
+        (b"9", "0-9"),
+        (b'"a', "quote"),
+        (b"'", "quote"),
+        (b"`", "quote"),
+        (b".", "sentence punctuation"),
+        (b",x", "sentence punctuation"),
+        (b"?!", "sentence punctuation"),
+        (b"(", "other ASCII"),
+        (b"@", "other ASCII"),
+        (b"{", "other ASCII"),
+        ("é".encode(), "2-byte lead"),
+        (b"\xc2", "2-byte lead"),
+        (b"\xdf", "2-byte lead"),
+        ("患".encode(), "3- or 4-byte lead"),
+        ("🙂".encode(), "3- or 4-byte lead"),
+        (b"\xf4", "3- or 4-byte lead"),
+        (b"\x80", "continuation"),
+        (b"\xbfa", "continuation"),
+        (b"\xc0", "no UTF-8"),
+        (b"\xc1", "no UTF-8"),
+        (b"\xf5", "no UTF-8"),
+        (b"\xff", "no UTF-8"),
+    ],
+)
+def test_a_token_is_of_the_class_of_its_first_byte(token: bytes, name: str):
+    vocabulary = Vocabulary([b"", token, b""], np.array([True, False, True]), end_ids=(2,))
+    found = first_byte_classes(vocabulary)
+    assert found.dtype == np.int64
+    assert [CLASSES[number] for number in found.tolist()] == ["other special", name, "end"]
+
+
+def test_every_byte_has_one_class_and_every_class_a_byte_or_a_special_token():
+    vocabulary = Vocabulary([bytes([byte]) for byte in range(256)] + [b"", b""], np.array([False] * 256 + [True, True]), end_ids=(257,))
+    counts = np.bincount(first_byte_classes(vocabulary), minlength=len(CLASSES))
+    assert len(CLASSES) == len(counts) == 16
+    assert (counts > 0).all()
+    assert dict(zip(CLASSES, counts.tolist(), strict=True))["continuation"] == 64

@@ -112,3 +112,12 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DamageError, match=r"c\.safetensors"):
         load_checkpoint(path, *one)
+
+
+def test_what_else_training_goes_on_from_comes_back_too(tmp_path: Path):
+    one, other = training("llama", 0), training("llama", 1)
+    save_checkpoint(tmp_path / "c.safetensors", *one, {"mean": torch.arange(5.0)})
+    back = {"mean": torch.zeros(5)}
+    load_checkpoint(tmp_path / "c.safetensors", *other, back)
+    assert torch.equal(back["mean"], torch.arange(5.0))
+    assert identical(one, other)

@@ -17,7 +17,7 @@ from tests.signals.dense import student
 from tests.training.test_batches import STORED, examples
 
 WEIGHTS = [1.0, 0.5, 2.0, 1.0, 3.0]
-BOTH = [("cross_entropy", 0.3, {}), ("forward_kl", 0.7, {})]
+BOTH = [("cross_entropy", 0.3, {}, "rest"), ("forward_kl", 0.7, {}, "rest")]
 KNOWN = (True, False, True, True, True)
 
 
@@ -134,13 +134,13 @@ def test_a_batch_without_any_word_of_the_teacher_has_its_other_losses():
     assert shares["forward_kl"] == 0
     assert float(loss) == pytest.approx(0.3 * shares["cross_entropy"], rel=1e-5)
     assert float(loss) > 0
-    alone, _, _ = step([batch], parts([("forward_kl", 1.0, {})]))
+    alone, _, _ = step([batch], parts([("forward_kl", 1.0, {}, "rest")]))
     assert float(alone) == 0
 
 
 def test_what_weighs_nothing_is_left_out_and_options_reach_their_loss():
-    assert [part.name for part in parts([("cross_entropy", 0.0, {}), ("forward_kl", 1.0, {})])] == ["forward_kl"]
-    squared, plain = (step([batch_of([0, 2])], parts([("forward_kl", 1.0, {"temperature_squared": option})]))[0] for option in (True, False))
+    assert [part.name for part in parts([("cross_entropy", 0.0, {}, "rest"), ("forward_kl", 1.0, {}, "rest")])] == ["forward_kl"]
+    squared, plain = (step([batch_of([0, 2])], parts([("forward_kl", 1.0, {"temperature_squared": option}, "rest")]))[0] for option in (True, False))
     assert float(squared) == pytest.approx(4 * float(plain), rel=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_one_batch_can_be_learnt_by_heart():
     optimizer = torch.optim.Adam([model], lr=0.3)
     losses = []
     for _ in range(60):
-        loss, _ = loss_of(parts([("forward_kl", 1.0, {})]), batch, model[batch.ids.flatten()[batch.rows]], mass(batch))
+        loss, _ = loss_of(parts([("forward_kl", 1.0, {}, "rest")]), batch, model[batch.ids.flatten()[batch.rows]], mass(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
