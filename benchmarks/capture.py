@@ -110,13 +110,19 @@ def measure(model: torch.nn.Module, records: list[Tokens], given: argparse.Names
 
     @torch.inference_mode()
     def bare() -> None:
-        for batch in batches():
-            hidden = teacher.hidden(torch.from_numpy(np.stack([tokens.ids for tokens in batch]).astype(np.int64)).to(device))
-            rows = rows_of(batch)
-            for first in range(0, len(rows), chunk):
-                wanted = np.zeros(chunk, dtype=np.int64)
-                wanted[: len(rows[first : first + chunk])] = rows[first : first + chunk]
-                teacher.head(hidden[torch.from_numpy(wanted).to(device)])
+        for first in range(0, len(records), given.shard):
+            waiting = []
+            for begin in range(first, min(first + given.shard, len(records)), given.batch):
+                batch = records[begin : begin + given.batch]
+                hidden = teacher.hidden(torch.from_numpy(np.stack([tokens.ids for tokens in batch]).astype(np.int64)).to(device))
+                waiting.append(hidden[torch.from_numpy(rows_of(batch)).to(device)])
+                states = torch.cat(waiting)
+                full = len(states) // chunk * chunk
+                for part in range(0, full, chunk):
+                    teacher.head(states[part : part + chunk])
+                waiting = [states[full:]]
+            if len(waiting[0]):
+                teacher.head(torch.nn.functional.pad(waiting[0], (0, 0, 0, chunk - len(waiting[0]))))
 
     @torch.inference_mode()
     def whole() -> None:

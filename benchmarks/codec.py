@@ -37,11 +37,11 @@ from pipeline.cache.schema import RANKS, Logits, hidden_schema, tail_schema
 from pipeline.cache.writer import Shard
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher
-from pipeline.models.teacher import TAIL_EVERY
+from pipeline.models.teacher import Tail
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.signals.codec import decode_hidden, decode_rests, encode_hidden
 from pipeline.signals.records import Record, Tokens
-from pipeline.signals.selection import Kept, concatenated, drawn, strongest, tail_sums
+from pipeline.signals.selection import Kept, concatenated, drawn, strongest
 from pipeline.signals.tail import log_ratio, means_at
 from pipeline.signals.targets import Targets, rest_at
 
@@ -170,18 +170,16 @@ def perturbed(teacher: RowLogits, pieces: list[np.ndarray], wanted: float) -> tu
 def capture(teacher: RowLogits, hidden: Tensor, realised: Tensor, vocabulary_size: int) -> tuple[dict[str, Kept], dict[str, np.ndarray]]:
     """With each setting, and the log means of each one's tail; logits of one chunk at a time."""
     kept: dict[str, list[Kept]] = {name: [] for name in (*OURS, "sampled")}
-    sums = {name: torch.zeros((len(STORED), teacher.vocabulary_size), device=hidden.device) for name in OURS}
-    looked_at = dict.fromkeys(OURS, 0)
+    tails = {name: Tail(STORED, teacher.vocabulary_size, hidden.device) for name in OURS}
     uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=0)).random((len(hidden), DRAWS)))
     for begin in range(0, len(hidden), CHUNK):
         here = slice(begin, begin + CHUNK)
         logits = logits_of(teacher, hidden[here])
         for name, setting in OURS.items():
             kept[name].append(strongest(logits, realised[here], *setting, STORED))
-            looked_at[name] += tail_sums(logits, kept[name][-1], STORED, sums[name], TAIL_EVERY)
+            tails[name].add(logits, kept[name][-1], STORED)
         kept["sampled"].append(drawn(logits, realised[here], uniform[here], STORED))
-    missing = vocabulary_size - teacher.vocabulary_size
-    means = {name: np.pad((total / looked_at[name]).log().cpu().numpy(), ((0, 0), (0, missing)), constant_values=-np.inf) for name, total in sums.items()}
+    means = {name: tail.log_means(vocabulary_size)[0] for name, tail in tails.items()}
     return {name: concatenated(parts) for name, parts in kept.items()}, means
 
 

@@ -7,6 +7,7 @@ result, and is in no fingerprint. Three keys always name something outside the Y
 """
 
 import re
+from math import exp, log
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,7 +102,7 @@ class Logits(Section):
     min: Annotated[int, Field(ge=1, le=65535)] = 4
     keep: Annotated[int, Field(ge=1, le=65535)] = 128
     """At most so many tokens are kept per position; with `sampled`, so many are drawn (255 at most)."""
-    step: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] = (0.02, 0.5)
+    step: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]], Field(strict=False)] = (0.02, 0.5)
     """How finely log-probabilities are stored: min(second, first * exp(-logprob / 2)) nats."""
     temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 2.0, 8.0]
     """At which the log of the mass that was not kept is stored; in between it is interpolated."""
@@ -116,10 +117,17 @@ class Logits(Section):
     def _check(self) -> "Logits":
         if sorted(set(self.temperatures)) != self.temperatures or self.temperatures[0] != 1.0:
             raise ValueError("temperatures must ascend and begin with 1.0")
+        if any(float(f"{temperature:g}") != temperature for temperature in self.temperatures):
+            raise ValueError("temperatures name columns: give at most six digits of each")
+        if self.threshold == 0 and "min" in self.model_fields_set:
+            raise ValueError("min has no effect with threshold: 0, which always keeps `keep` tokens; leave it out")
         if self.min > self.keep and ("min" in self.model_fields_set or self.keep < 1):
             raise ValueError(f"min ({self.min}) must not be above keep ({self.keep})")
-        if not 2 / self.step[0] * (1 - min(self.step[0] / self.step[1], 1.0)) < 255:
-            raise ValueError("step is too fine for one byte: the first number must be at least 0.008")
+        narrow, wide = self.step
+        knee = min(-2 * log(wide / narrow), 0.0)
+        codes_above = 2 / narrow * (1 - exp(knee / 2))
+        if codes_above >= 255 or knee - wide * (255 - codes_above) > -12:
+            raise ValueError(f"step {list(self.step)} is too fine: 256 codes do not reach down to a log-probability of -12. Give larger numbers, such as [0.02, 0.5]")
         if self.method == "sampled":
             if self.keep > 255 or "keep" not in self.model_fields_set:
                 raise ValueError("method: sampled needs keep, the number of draws, from 1 to 255")
@@ -279,6 +287,18 @@ class Experiment(Section):
     @property
     def student_tokenizer(self) -> TokenizerSource:
         return TokenizerSource(tokenizer=self.student.model, revision=self.student.revision)
+
+    def check_cache_suffices(self) -> None:
+        """ConfigError if training asks for what a cache of these targets will not hold: better now than after the teacher has run."""
+        logits = self.targets.logits
+        tails = {part.tail for part in self.training.objective if part.weight > 0}
+        taught = any(part.needs_teacher() for part in self.training.objective if part.weight > 0)
+        if "hidden" in tails and logits.hidden is None:
+            raise ConfigError("training.objective has `tail: hidden`, which needs `targets.logits.hidden: int8`. Add that, or take `tail: calibrated`.")
+        if logits.method == "sampled" and "calibrated" in tails:
+            raise ConfigError("training.objective has `tail: calibrated`, and with `targets.logits.method: sampled` there is no tail. Take `tail: rest`.")
+        if logits.method == "sampled" and taught and max(self.training.temperature.start, self.training.temperature.end) > 1:
+            raise ConfigError("training.temperature is above 1, and draws (`targets.logits.method: sampled`) are unbiased at 1 only. Set it to 1, or take `method: head`.")
 
     def without_teacher(self) -> "Experiment":
         """The SFT-only control: the teacher's share of the objective's weight goes to the other losses, all else is equal."""

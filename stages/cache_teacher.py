@@ -77,12 +77,12 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         numerics = {"device": str(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records, "threads": torch.get_num_threads()}
         progress = Progress("cache-teacher", total=len(splits), done=len(splits) - len(unfinished), unit="shards")
         records = {split: read_prepared(prepared.file(f"{split}.parquet")) for split in counts}
+        started = time.monotonic()
         with Background() as writing:  # a shard is written while the teacher reads the next one
             for shard, split in enumerate(splits):
                 here = list(islice(records[split], data.records_per_shard))
                 if shard not in unfinished:
                     continue
-                started = time.monotonic()
                 rendered = [fitted for record in here for fitted in _fitted(record, split, tokenizer, data.max_tokens)]
                 kept = [example for example in rendered if example is not None]
                 tail = Tail(wanted.temperatures, head.vocabulary_size, device) if shard in with_tail else None
@@ -90,6 +90,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                 examples = [(record, tokens, word) for (record, tokens), word in zip(kept, said, strict=True)]
                 written = Shard(out.path, shard, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
                 told = {"split": split, "left_out": len(rendered) - len(kept), "seconds": time.monotonic() - started, "peak_memory_mb": memory.megabytes(), "numerics": numerics}
+                started = time.monotonic()  # what waits for the writer counts for the next shard
                 writing.do(partial(_commit, out, written, told, progress))
 
     committed = [out.info(f"{shard:05d}") for shard in range(len(splits))]

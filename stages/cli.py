@@ -27,6 +27,10 @@ class PipelineGroup(click.Group):
             return super().invoke(context)
         except PipelineError as error:
             _fail(context, str(error), error.exit_status)
+        except BrokenPipeError:
+            # whoever read our output has seen enough; nothing more is written there, not even when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            context.exit(1)
         except OSError as error:
             causes = {errno.ENOSPC: "Free some space. ", errno.EACCES: "Look at its permissions. ", errno.EROFS: "Give a folder that can be written with --runs. "}
             advice = causes.get(error.errno or 0, "") + "The same command again goes on where it stopped."
@@ -74,7 +78,10 @@ def _runner(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
         if not equals:
             raise InputError(f"--use {entry}: give it as STAGE=FOLDER.")
         folders[stage] = Path(folder)
-    return Runner(STAGES, load_experiment(experiment, list(changes)), runs, folders, say=lambda text: click.echo(text, err=True))
+    loaded = load_experiment(experiment, list(changes))
+    if "cache-teacher" not in folders:
+        loaded.check_cache_suffices()
+    return Runner(STAGES, loaded, runs, folders, say=lambda text: click.echo(text, err=True))
 
 
 def _add_stage_command(name: str, text: str) -> None:

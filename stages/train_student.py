@@ -54,6 +54,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         raise InputError(
             f"training.temperature goes up to {hottest:g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
         )
+    if with_teacher and hottest > 1 and cache.about["method"] == "sampled":
+        raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
     _check_specialties(training, cache.about["specialties"])
     steps = _steps(training, cache.count("train"))
 

@@ -38,8 +38,12 @@ def model(made: Path) -> torch.nn.Module:
     return load_teacher(str(made / "tiny" / "teacher"), None, "none", True, "float32", torch.device("cpu"))
 
 
-def setting(logits: str) -> tuple[str, str]:
-    return "--set", f"targets.logits={logits}"
+UNTEMPERED = ("--set", "training.objective.0.tail=rest", "--set", "training.temperature=1")
+"""What can be trained with draws."""
+
+
+def setting(logits: str) -> tuple[str, ...]:
+    return ("--set", f"targets.logits={logits}", *(UNTEMPERED if "sampled" in logits else ()))
 
 
 def cached(place: Place, *words: str, extras: tuple[str, ...] = ()) -> tuple[Cache, Path]:
@@ -162,7 +166,7 @@ def test_what_is_sampled_does_not_depend_on_the_batch_or_the_shard(prepared: Pla
 
 
 def test_a_student_learns_from_what_was_sampled(prepared: Place):
-    words = (*FEWER, *setting("{method: sampled, keep: 20}"), "--set", "training.objective.0.tail=rest", "--set", "training.steps=3")
+    words = (*FEWER, *setting("{method: sampled, keep: 20}"), "--set", "training.steps=3")
     prepared.pipeline("cache-teacher", CONFIG, *words)
     assert prepared.json("train-student", CONFIG, *words)["state"] == "done"
 
@@ -365,3 +369,15 @@ def test_another_step_is_another_table_in_the_file(prepared: Place, step: tuple[
     form = Logits.from_metadata({key.decode(): value.decode() for key, value in pq.read_schema(folder / "logits-00000.parquet").metadata.items()}, [])
     np.testing.assert_allclose(form.table, step_table(*step), atol=1e-8)
     assert cache.count("train") > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set", "targets.logits={method: sampled, keep: 50}"), "tail: calibrated"),
+        (("--set", "targets.logits={method: sampled, keep: 50}", "--set", "training.objective.0.tail=rest"), "training.temperature"),
+        (("--set", "training.objective.0.tail=hidden"), "targets.logits.hidden: int8"),
+    ],
+)
+def test_a_cache_that_training_could_not_use_is_refused_before_the_teacher_runs(prepared: Place, words: tuple[str, ...], said: str):
+    assert said in prepared.pipeline("cache-teacher", CONFIG, *FEWER, *words, status=2)

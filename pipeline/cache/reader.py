@@ -59,7 +59,7 @@ class Cache:
         self.temperatures: list[float] = [float(t) for t in self.about["temperatures"]]
         missing = [extra for extra in extras if extra not in self.about["extras"]]
         if missing:
-            raise InputError(f"This cache was made without {missing[0]}. Make it again with targets.logits.{missing[0]}.")
+            raise InputError(f"This cache was made without {missing[0]}. Make it again with `targets.logits.{missing[0]}: {'int8' if missing[0] == 'hidden' else 'true'}`.")
         self._open: OrderedDict[tuple[int, int], list[Example]] = OrderedDict()
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = Lock()

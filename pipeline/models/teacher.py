@@ -44,9 +44,16 @@ class Tail:
     def __init__(self, temperatures: list[float], vocabulary_size: int, device: torch.device) -> None:
         self._sums = torch.zeros((len(temperatures), vocabulary_size), device=device)
         self.positions = 0
+        self._seen = 0
 
     def add(self, logits: Tensor, kept: Kept, temperatures: list[float]) -> None:
-        self.positions += tail_sums(logits, kept, temperatures, self._sums, TAIL_EVERY)
+        # one of each few in a row, at random: answers of one length would else be looked at in the same places
+        draw = np.random.Generator(np.random.Philox(key=self._seen))
+        first = np.arange(0, len(logits), TAIL_EVERY)
+        chosen = first + draw.integers(0, np.minimum(TAIL_EVERY, len(logits) - first))
+        tail_sums(logits, kept, temperatures, self._sums, torch.from_numpy(chosen).to(logits.device))
+        self.positions += len(chosen)
+        self._seen += len(logits)
 
     def log_means(self, size: int) -> tuple[np.ndarray, int]:
         """float32 [S, size], -inf for what the head has no row for; and over how many positions."""
@@ -68,12 +75,24 @@ def said_of(
 
     NumericsError if the teacher's logits are not finite, with the record's number and the position in `.args[1:]`.
     """
+    order: list[int] = []
+    positions: list[np.ndarray] = []
+    answers = _Answers(teacher, question, tail)
+    try:
+        for batch in _batches(records, batch_records):
+            where = [np.arange(len(records[i]) - 1, dtype=np.int32) if everywhere else records[i].answer_positions() for i in batch]
+            order += batch
+            positions += where
+            answers.read([records[i] for i in batch], where, batch_records)
+            after_batch()
+        answers.rest()
+    except NumericsError as error:
+        ends = np.cumsum([len(where) for where in positions])
+        record = int(np.searchsorted(ends, error.args[1], side="right"))
+        raise NumericsError(error.args[0], order[record], int(positions[record][error.args[1] - ends[record]])) from None
     result: list[Targets | None] = [None] * len(records)
-    for batch in _batches(records, batch_records):
-        positions = [np.arange(len(records[i]) - 1, dtype=np.int32) if everywhere else records[i].answer_positions() for i in batch]
-        for i, targets in zip(batch, _forward(teacher, [records[i] for i in batch], positions, question, tail, batch_records, batch), strict=True):
-            result[i] = targets
-        after_batch()
+    for i, targets in zip(order, answers.by_record(positions), strict=True):
+        result[i] = targets
     return [targets for targets in result if targets is not None]
 
 
@@ -97,78 +116,97 @@ def _bucket(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def _forward(teacher: RowLogits, records: list[Tokens], positions: list[np.ndarray], question: Question, tail: Tail | None, batch_records: int, numbers: list[int]) -> Iterator[Targets]:
-    device = next(teacher.parameters()).device
-    width = _bucket(max(len(tokens) for tokens in records))
-    ids = np.zeros((batch_records, width), dtype=np.int64)  # short batches keep their shape: rows of zeros
-    for row, tokens in enumerate(records):
-        ids[row, : len(tokens)] = tokens.ids
-    rows = np.concatenate([row * width + where for row, where in enumerate(positions)]).astype(np.int64)
-    realised = np.concatenate([tokens.ids[where + 1] for tokens, where in zip(records, positions, strict=True)]).astype(np.int64)
-    uniform = np.concatenate([_uniform(tokens, where, question.draws) for tokens, where in zip(records, positions, strict=True)])
-    chunk = positions_at_once(teacher.vocabulary_size)
-    kept: list[Kept] = []
-    masses: list[Tensor] = []
-    states: list[Tensor] = []
-    with torch.inference_mode():
-        hidden = teacher.hidden(torch.from_numpy(ids).to(device))
-        for begin in range(0, len(rows), chunk):
-            here = rows[begin : begin + chunk]
-            wanted = np.zeros(chunk, dtype=np.int64)
-            wanted[: len(here)] = here
-            chosen = hidden[torch.from_numpy(wanted).to(device)]
-            logits = teacher.head(chosen)[: len(here)]
-            follows = torch.from_numpy(realised[begin : begin + chunk]).to(device)
-            try:
-                if question.draws:
-                    kept.append(drawn(logits, follows, torch.from_numpy(uniform[begin : begin + chunk]), question.temperatures))
-                else:
-                    kept.append(strongest(logits, follows, question.threshold, question.least, question.most, question.temperatures))
-            except NumericsError as error:
-                row, position = divmod(int(here[error.args[1]]), width)
-                raise NumericsError(error.args[0], numbers[row], position) from None
-            if tail is not None:
-                tail.add(logits, kept[-1], question.temperatures)
-            if question.class_of is not None:
-                masses.append(class_masses(logits, kept[-1].logsumexp, question.class_of, question.classes))
-            if question.hidden:
-                states.append(chosen[: len(here)].float())
-    return _by_record(kept, masses, states, positions)
+class _Answers:
+    """The body batch by batch, the head on full chunks of positions whichever batch they are of."""
+
+    def __init__(self, teacher: RowLogits, question: Question, tail: Tail | None) -> None:
+        self._teacher, self._question, self._tail = teacher, question, tail
+        self._device = next(teacher.parameters()).device
+        self._chunk = positions_at_once(teacher.vocabulary_size)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, what follows, numbers to draw with
+        self._kept: list[Kept] = []
+        self._masses: list[Tensor] = []
+        self._states: list[Tensor] = []
+        self._done = 0
+
+    @torch.inference_mode()
+    def read(self, records: list[Tokens], positions: list[np.ndarray], batch_records: int) -> None:
+        width = _bucket(max(len(tokens) for tokens in records))
+        ids = np.zeros((batch_records, width), dtype=np.int64)  # short batches keep their shape: rows of zeros
+        for row, tokens in enumerate(records):
+            ids[row, : len(tokens)] = tokens.ids
+        rows = np.concatenate([row * width + where for row, where in enumerate(positions)]).astype(np.int64)
+        follows = np.concatenate([tokens.ids[where + 1] for tokens, where in zip(records, positions, strict=True)]).astype(np.int64)
+        draws = np.concatenate([_uniform(tokens, where, self._question.draws) for tokens, where in zip(records, positions, strict=True)])
+        states = self._teacher.hidden(torch.from_numpy(ids).to(self._device))
+        self._waiting.append((states[torch.from_numpy(rows).to(self._device)], torch.from_numpy(follows).to(self._device), torch.from_numpy(draws)))
+        hidden, realised, uniform = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        whole = len(hidden) // self._chunk * self._chunk
+        for begin in range(0, whole, self._chunk):
+            self._ask(hidden[begin : begin + self._chunk], realised[begin : begin + self._chunk], uniform[begin : begin + self._chunk])
+        self._waiting = [(hidden[whole:], realised[whole:], uniform[whole:])]
+
+    @torch.inference_mode()
+    def rest(self) -> None:
+        """The positions that fill no chunk."""
+        for hidden, realised, uniform in self._waiting:
+            if len(hidden):
+                self._ask(hidden, realised, uniform)
+
+    def _ask(self, hidden: Tensor, realised: Tensor, uniform: Tensor) -> None:
+        question = self._question
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._chunk - len(hidden)))  # a chunk keeps its shape, too
+        logits = self._teacher.head(padded)[: len(hidden)]
+        try:
+            kept = drawn(logits, realised, uniform, question.temperatures) if question.draws else self._strongest(logits, realised)
+        except NumericsError as error:
+            raise NumericsError(error.args[0], self._done + error.args[1]) from None
+        if self._tail is not None:
+            self._tail.add(logits, kept, question.temperatures)
+        if question.class_of is not None:
+            self._masses.append(class_masses(logits, kept.logsumexp, question.class_of, question.classes))
+        if question.hidden:
+            self._states.append(hidden.float())
+        self._kept.append(kept)
+        self._done += len(hidden)
+
+    def _strongest(self, logits: Tensor, realised: Tensor) -> Kept:
+        question = self._question
+        return strongest(logits, realised, question.threshold, question.least, question.most, question.temperatures)
+
+    def by_record(self, positions: list[np.ndarray]) -> Iterator[Targets]:
+        """The kept tokens of all positions, shared out to their records."""
+        if not self._kept:
+            return
+        all = concatenated(self._kept)
+        counts, ids, logprobs = (values.cpu().numpy() for values in (all.kept, all.ids, all.logprobs))
+        rests, realised, entropy, logsumexp = (values.float().cpu().numpy() for values in (all.rests, all.realised_logprob, all.entropy, all.logsumexp))
+        drawn_counts = None if all.counts is None else all.counts.cpu().numpy().astype(np.uint8)
+        boundary = torch.cat(self._masses).cpu().numpy() if self._masses else None
+        state, scale = encode_hidden(torch.cat(self._states).cpu().numpy()) if self._states else (None, None)
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        first = 0
+        for where in positions:
+            here = slice(first, first + len(where))
+            entries = slice(ends[first], ends[first + len(where)])
+            yield Targets(
+                position=where,
+                kept=counts[here].astype(np.uint16),
+                ids=ids[entries].astype(np.int32),
+                logprobs=logprobs[entries],
+                rests=rests[:, here],
+                realised_logprob=realised[here],
+                counts=None if drawn_counts is None else drawn_counts[entries],
+                entropy=entropy[here],
+                logsumexp=logsumexp[here],
+                boundary=None if boundary is None else boundary[here],
+                hidden=None if state is None else state[here],
+                hidden_scale=None if scale is None else scale[here],
+            )
+            first += len(where)
 
 
 def _uniform(tokens: Tokens, positions: np.ndarray, draws: int) -> np.ndarray:
     """float64 [P, draws] in [0, 1): of these tokens alone, whatever the batch and the machine."""
     seed = int.from_bytes(hashlib.sha256(np.ascontiguousarray(tokens.ids, dtype="<i4").tobytes()).digest()[:16], "little")
     return np.random.Generator(np.random.Philox(key=seed)).random((len(positions), draws))
-
-
-def _by_record(parts: list[Kept], masses: list[Tensor], states: list[Tensor], positions: list[np.ndarray]) -> Iterator[Targets]:
-    """The kept tokens of all positions of a batch, shared out to its records."""
-    if not parts:
-        raise ValueError("a batch without a position")
-    all = concatenated(parts)
-    counts, ids, logprobs = (values.cpu().numpy() for values in (all.kept, all.ids, all.logprobs))
-    rests, realised, entropy, logsumexp = (values.float().cpu().numpy() for values in (all.rests, all.realised_logprob, all.entropy, all.logsumexp))
-    drawn_counts = None if all.counts is None else all.counts.cpu().numpy().astype(np.uint8)
-    boundary = torch.cat(masses).cpu().numpy() if masses else None
-    state, scale = encode_hidden(torch.cat(states).cpu().numpy()) if states else (None, None)
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    first = 0
-    for where in positions:
-        here = slice(first, first + len(where))
-        entries = slice(ends[first], ends[first + len(where)])
-        yield Targets(
-            position=where,
-            kept=counts[here].astype(np.uint16),
-            ids=ids[entries].astype(np.int32),
-            logprobs=logprobs[entries],
-            rests=rests[:, here],
-            realised_logprob=realised[here],
-            counts=None if drawn_counts is None else drawn_counts[entries],
-            entropy=entropy[here],
-            logsumexp=logsumexp[here],
-            boundary=None if boundary is None else boundary[here],
-            hidden=None if state is None else state[here],
-            hidden_scale=None if scale is None else scale[here],
-        )
-        first += len(where)

@@ -296,7 +296,7 @@ class _Shard:
         if (form.method, form.temperatures, form.vocabulary_size) != (self._about["method"], self._temperatures, self._vocabulary_size):
             yield self.at_hand, "is of another method, other temperatures or another vocabulary than cache.json says"
             return
-        has_hidden = "hidden" in self._about["extras"]
+        has_hidden = "hidden" in self._about["extras"] and any(self._told["groups"])  # without a record there are no states
         cuts = {content: self._cut(content) for content in ("records", "logits", *(["hidden"] if has_hidden else []))}
         for content, cut in cuts.items():
             if cut != [rows for rows in self._told["groups"] if rows]:

@@ -191,26 +191,33 @@ def _rests(logits: Tensor, sums: _Sums, row: Tensor, ids: Tensor, logprobs: Tens
     divisors = torch.tensor(temperatures, dtype=torch.float64, device=logits.device)[:, None]
     shares = torch.zeros_like(sums.lognorms).index_add_(1, row, (logprobs / divisors - sums.lognorms[:, row]).exp())
     rests = sums.lognorms + torch.log1p(-shares.clamp(max=1 - FAINT))
-    for i in ((1 - shares).amin(0) < FAINT).nonzero()[:, 0].tolist():
-        others = logits[i].float() - sums.normaliser[i].float()
-        others[ids[row == i]] = -torch.inf
-        faintest = others.max()
-        if faintest == -torch.inf:
-            rests[:, i] = -torch.inf
-            continue
-        power = torch.empty_like(others)
-        for t in _powers(others, faintest[None], temperatures, power):
-            rests[t, i] = power.sum().log() + faintest / temperatures[t]
+    faint = ((1 - shares).amin(0) < FAINT).nonzero()[:, 0]
+    size = _rows(logits)
+    for begin in range(0, len(faint), size):
+        here = faint[begin : begin + size]
+        values = _without_kept(logits[here].float() - sums.normaliser[here, None].float(), here, row, ids)
+        highest = values.amax(-1, keepdim=True).clamp(min=-1e30)  # -inf: nothing is left
+        power = torch.empty_like(values)
+        for t in _powers(values, highest, temperatures, power):
+            rests[t, here] = (power.sum(-1).log() + highest[:, 0] / temperatures[t]).double()
     return rests
 
 
-def tail_sums(logits: Tensor, kept: Kept, temperatures: list[float], into: Tensor, every: int = 1) -> int:
-    """Add to each token's sum of probability, at each temperature, over the positions that do not keep it; gives how many there were.
+def _without_kept(values: Tensor, rows: Tensor, row: Tensor, ids: Tensor) -> Tensor:
+    """`values` of some rows, ascending, with -inf for the tokens that are kept there."""
+    place = torch.searchsorted(rows, row).clamp(max=len(rows) - 1)
+    inside = rows[place] == row
+    values[place[inside], ids[inside]] = -torch.inf
+    return values
 
-    into: float32 [S, V]. every: only the first of so many positions is looked at.
+
+def tail_sums(logits: Tensor, kept: Kept, temperatures: list[float], into: Tensor, chosen: Tensor | None = None) -> None:
+    """Add to each token's sum of probability, at each temperature, over the positions that do not keep it.
+
+    into: float32 [S, V]. chosen: int64, ascending, the rows that are looked at; None: all.
     """
     row = torch.repeat_interleave(kept.kept)
-    chosen = torch.arange(0, len(logits), every, device=logits.device)
+    chosen = torch.arange(len(logits), device=logits.device) if chosen is None else chosen
     rows = _rows(logits)
     space = torch.empty((2, min(rows, len(chosen)), logits.shape[-1]), dtype=torch.float32, device=logits.device)
     for begin in range(0, len(chosen), rows):
@@ -218,12 +225,10 @@ def tail_sums(logits: Tensor, kept: Kept, temperatures: list[float], into: Tenso
         values, power = space[:, : len(here)]
         values.copy_(logits[here])
         highest = values.amax(-1, keepdim=True)
-        inside = torch.isin(row, here)
-        values[(row[inside] - here[0]) // every, kept.ids[inside]] = -torch.inf
+        _without_kept(values, here, row, kept.ids)
         for t in _powers(values, highest, temperatures, power):
             weights = (highest[:, 0] - kept.logsumexp[here]) / temperatures[t] - kept.lognorms[t, here]
             into[t : t + 1].addmm_(weights.exp()[None].float(), power)
-    return len(chosen)
 
 
 def class_masses(logits: Tensor, logsumexp: Tensor, class_of: Tensor, classes: int) -> Tensor:

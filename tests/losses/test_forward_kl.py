@@ -205,7 +205,7 @@ def dense_of(target: SparseTarget, logits: Tensor, log_weights: np.ndarray) -> n
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), vocabulary=st.integers(3, 60), temperature=st.sampled_from([1.0, 2.0, 5.5]), scale=st.sampled_from([0.1, 3.0, 12.0]), which=st.sampled_from(["ratio", "tail"]))
+@given(seed=st.integers(0, 10**6), vocabulary=st.integers(3, 60), temperature=st.sampled_from([1.0, 2.0, 5.5]), scale=st.sampled_from([0.1, 3.0, 5.0]), which=st.sampled_from(["ratio", "tail"]))
 def test_with_the_rest_shared_out_it_is_the_divergence_over_all_tokens(seed, vocabulary, temperature, scale, which):
     target = a_target(seed, 5, vocabulary, min(vocabulary - 1, 4), temperature)
     generator = torch.Generator().manual_seed(seed)

@@ -10,6 +10,7 @@ from pipeline.models import teacher as module
 from pipeline.models.heads import RowLogits, row_logits
 from pipeline.models.teacher import Question, Tail, said_of
 from pipeline.signals.records import Tokens
+from pipeline.signals.selection import strongest, tail_sums
 from pipeline.signals.targets import Targets
 from tests.models.test_heads import llama
 from tests.signals.dense import kept_of, log_softmax, log_sum, tokens_of
@@ -190,3 +191,16 @@ def test_the_callers_check_is_made_after_every_batch():
 
 def test_no_records_have_no_targets():
     assert said_of(a_teacher(), [], QUESTION, everywhere=False, batch_records=3) == []
+
+
+def test_the_positions_whose_tails_are_summed_up_do_not_keep_time_with_the_answers():
+    """Answers of two tokens: each second position is peaked. Every fourth position would always be of one kind."""
+    logits = torch.randn(4000, 30, generator=torch.Generator().manual_seed(0))
+    logits[::2, 0] += 12
+    kept = strongest(logits, torch.zeros(4000, dtype=torch.int64), 0.0, 1, 1, [1.0, 8.0])
+    tail, whole = Tail([1.0, 8.0], 30, torch.device("cpu")), torch.zeros(2, 30)
+    tail.add(logits, kept, [1.0, 8.0])
+    tail_sums(logits, kept, [1.0, 8.0], whole)
+    means, positions = tail.log_means(30)
+    assert positions == 1000
+    np.testing.assert_allclose(np.exp(means).sum(1), whole.sum(1).numpy() / 4000, rtol=0.05)

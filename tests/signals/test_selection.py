@@ -266,7 +266,7 @@ def test_tail_sums_are_the_dense_sums_over_the_positions_that_do_not_keep_a_toke
     kept = strongest(logits, torch.zeros(len(rows), dtype=torch.int64), threshold, 1, most, temperatures)
     into = torch.full((len(temperatures), rows.shape[1]), 0.5)
     with rows_at_once(at_once, rows.shape[1]):
-        assert tail_sums(logits, kept, temperatures, into, every) == len(rows[::every])
+        tail_sums(logits, kept, temperatures, into, torch.arange(len(logits))[::every] if every > 1 else None)
     for i, temperature in enumerate(temperatures):
         p = np.exp(log_softmax(rows, temperature))
         p[np.repeat(np.arange(len(rows)), kept.kept), kept.ids] = 0

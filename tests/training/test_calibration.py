@@ -49,6 +49,16 @@ def test_a_step_without_a_word_of_the_teacher_changes_nothing(accelerator: Accel
     assert one.state["steps"].item() == 0
 
 
+def test_an_average_of_few_positions_counts_little(accelerator: Accelerator):
+    few, many = calibration(), calibration()
+    few.add(*made(0))
+    few.step(1.0, accelerator)
+    for _ in range(200):
+        many.add(*made(0))
+    many.step(1.0, accelerator)
+    torch.testing.assert_close(few.log_ratio() * (506 / 6), many.log_ratio() * (1700 / 1200), rtol=1e-3, atol=1e-5)
+
+
 def test_teacher_and_student_are_averaged_alike_over_temperatures(accelerator: Accelerator):
     one = calibration()
     for temperature in (2.0, 2.0, 1.0):
