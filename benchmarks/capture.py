@@ -132,11 +132,11 @@ def measure(model: torch.nn.Module, records: list[Tokens], given: argparse.Names
     def capture() -> None:
         with Background() as writing:
             for number, first in enumerate(range(0, len(records), given.shard)):
-                tail = Tail(TEMPERATURES, vocabulary, device) if number % 4 == 0 else None
+                tail = Tail(TEMPERATURES, vocabulary, device)
                 here = records[first : first + given.shard]
                 said = said_of(teacher, here, question, everywhere=everywhere, batch_records=given.batch, tail=tail, after_batch=writing.check)
                 examples = [(named, tokens, word) for tokens, word in zip(here, said, strict=True)]
-                writing.do(Shard(folder, number, examples, form, keep_text=True, tail=tail.log_means(vocabulary) if tail else None).write)  # type: ignore[arg-type]
+                writing.do(Shard(folder, number, examples, form, keep_text=True, tail=tail.log_means(vocabulary)).write)  # type: ignore[arg-type]
 
     def measured(work: Callable[[], None]) -> tuple[float, float]:
         memory = PeakMemory(device)

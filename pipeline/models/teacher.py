@@ -19,7 +19,7 @@ BUCKET = 32
 """Rows are padded to a multiple of so many tokens: the bits of a record's logits depend on the shape of its batch, not on its batch-mates."""
 CHUNK_BYTES = 128 << 20
 """Of logits that exist at once, at two bytes each: the head's weights are read once per chunk."""
-TAIL_EVERY = 4
+TAIL_EVERY = 8
 """Of the positions of a shard with tail marginals one in so many is looked at: averages need no more."""
 
 

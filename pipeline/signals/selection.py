@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import NumericsError
 
-WORKING_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+WORKING_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 """Of float32 logits that are worked on at once: on a CPU so that the many passes over them find them in its cache."""
 BLOCK = 64
 FAINT = 2e-3

@@ -202,5 +202,5 @@ def test_the_positions_whose_tails_are_summed_up_do_not_keep_time_with_the_answe
     tail.add(logits, kept, [1.0, 8.0])
     tail_sums(logits, kept, [1.0, 8.0], whole)
     means, positions = tail.log_means(30)
-    assert positions == 1000
-    np.testing.assert_allclose(np.exp(means).sum(1), whole.sum(1).numpy() / 4000, rtol=0.05)
+    assert positions == 500
+    np.testing.assert_allclose(np.exp(means).sum(1), whole.sum(1).numpy() / 4000, rtol=0.1)
