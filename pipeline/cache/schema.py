@@ -15,8 +15,8 @@ FORMAT = 2
 GROUP_POSITIONS = 8192
 """A row group ends with the record that brings it to so many described positions, or to GROUP_TOKENS tokens: what a reader holds at least."""
 GROUP_TOKENS = 65536
-SHARD_FILES = ("records-", "logits-", "ranks-", "tail-", "hidden-")
-"""What a shard's files' names begin with."""
+SHARD_FILES = ("records-", "logits-", "ranks-", "hidden-")
+"""What the names begin with of the files that every shard has. The tails, of a few shards, are a cost of the cache, not of its positions."""
 
 SEGMENT = pa.struct([("role", pa.string()), ("text", pa.string())])
 

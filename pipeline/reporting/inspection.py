@@ -39,7 +39,7 @@ SPREADS = 6
 def cache(folder: Path) -> dict[str, Any]:
     """A cache's totals, read row group by row group.
 
-    bytes_per_position is over the logits and ranks files, and so is what `columns` adds up to; bytes_per_token is over all shards' files.
+    bytes_per_position is over the logits and ranks files, and so is what `columns` adds up to; bytes_per_token is over those that every shard has.
     The vocabulary and the head, once a cache, are in neither.
     """
     finished = _finished_cache(folder)
@@ -66,7 +66,8 @@ def cache(folder: Path) -> dict[str, Any]:
     columns["ranks (a file a shard)"] = finished.size("ranks-")
     positions, tokens = int(kept_counts.sum()), finished.summary["tokens"]
     n = max(positions, 1)
-    files = {kind.rstrip("-"): finished.size(kind) for kind in SHARD_FILES} | {"once a cache": finished.size() - finished.size(SHARD_FILES)}
+    files = {kind.rstrip("-"): finished.size(kind) for kind in (*SHARD_FILES, "tail-")}
+    files["once a cache"] = finished.size() - sum(files.values())
     total = max(sum(columns.values()), 1)
     return {
         "teacher": about["teacher"],
@@ -132,7 +133,7 @@ def cache_as_text(shown: dict[str, Any]) -> str:
     """What `cache` gives, for people: totals, kept tokens, kept mass and bytes with bars."""
     plain = {key: value for key, value in shown.items() if not isinstance(value, dict | list)}
     plain["bytes_per_position"] = f"{plain['bytes_per_position']} (logits and ranks files)"
-    plain["bytes_per_token"] = f"{plain['bytes_per_token']} (all files of the shards)"
+    plain["bytes_per_token"] = f"{plain['bytes_per_token']} (records, logits, ranks and hidden files)"
     parts: list[RenderableType] = [as_text(plain)]
     kept, n = shown["kept"], max(shown["positions"], 1)
     if kept:
