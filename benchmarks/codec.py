@@ -37,13 +37,13 @@ from pipeline.cache.schema import RANKS, Logits, hidden_schema, tail_schema
 from pipeline.cache.writer import Shard
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher
-from pipeline.models.teacher import Tail
+from pipeline.models.teacher import Tail, shared_out
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.signals.codec import decode_hidden, decode_rests, encode_hidden
+from pipeline.signals.codec import decode_hidden, decode_rests
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.selection import Kept, concatenated, drawn, strongest
 from pipeline.signals.tail import log_ratio, means_at
-from pipeline.signals.targets import Targets, rest_at
+from pipeline.signals.targets import rest_at
 
 TEMPERATURES = [1.0, 2.0, 4.0, 8.0]
 STORED = [1.0, 2.0, 8.0]
@@ -185,27 +185,10 @@ def capture(teacher: RowLogits, hidden: Tensor, realised: Tensor, vocabulary_siz
 
 def shard_of(folder: Path, name: str, kept: Kept, lengths: list[int], vocabulary_size: int, log_means: np.ndarray | None = None, hidden: Tensor | None = None) -> Shard:
     """As the pipeline would write it: a record a piece, but without its text and tokens."""
-    counts, ids, logprobs, rests, realised, entropy = (values.cpu().numpy() for values in (kept.kept, kept.ids, kept.logprobs, kept.rests, kept.realised_logprob, kept.entropy))
-    draws = None if kept.counts is None else kept.counts.cpu().numpy().astype(np.uint8)
-    state, scale = (None, None) if hidden is None else encode_hidden(hidden.float().cpu().numpy())
-    entry_ends = np.concatenate([[0], np.cumsum(counts)])
     none = np.zeros(0, np.int32)
-    examples = []
-    for begin, end in pairwise(np.cumsum([0, *lengths]).tolist()):
-        here, entries = slice(begin, end), slice(entry_ends[begin], entry_ends[end])
-        targets = Targets(
-            position=np.arange(end - begin, dtype=np.int32),
-            kept=counts[here].astype(np.uint16),
-            ids=ids[entries].astype(np.int32),
-            logprobs=logprobs[entries],
-            rests=rests[:, here],
-            realised_logprob=realised[here],
-            counts=None if draws is None else draws[entries],
-            entropy=entropy[here],
-            hidden=None if state is None else state[here],
-            hidden_scale=None if scale is None else scale[here],
-        )
-        examples.append((Record(str(begin), ()), Tokens(none, none, none, none.astype(np.uint8), none.astype(np.int64)), targets))
+    nothing = Tokens(none, none, none, none.astype(np.uint8), none.astype(np.int64))
+    said = shared_out(kept, [np.arange(length, dtype=np.int32) for length in lengths], states=None if hidden is None else hidden.float().cpu().numpy())
+    examples = [(Record(str(number), ()), nothing, targets) for number, targets in enumerate(said)]
     folder.mkdir(exist_ok=True)
     form = Logits.of("head" if name in OURS else "sampled", STORED, (0.02, 0.5), *OURS.get(name, (0.0, 0, DRAWS)), vocabulary_size)
     return Shard(folder, 0, examples, form, True, None if log_means is None else (log_means, sum(lengths)))

@@ -176,34 +176,38 @@ class _Answers:
 
     def by_record(self, positions: list[np.ndarray]) -> Iterator[Targets]:
         """The kept tokens of all positions, shared out to their records."""
-        if not self._kept:
-            return
-        all = concatenated(self._kept)
-        counts, ids, logprobs = (values.cpu().numpy() for values in (all.kept, all.ids, all.logprobs))
-        rests, realised, entropy, logsumexp = (values.float().cpu().numpy() for values in (all.rests, all.realised_logprob, all.entropy, all.logsumexp))
-        drawn_counts = None if all.counts is None else all.counts.cpu().numpy().astype(np.uint8)
-        boundary = torch.cat(self._masses).cpu().numpy() if self._masses else None
-        state, scale = encode_hidden(torch.cat(self._states).cpu().numpy()) if self._states else (None, None)
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        first = 0
-        for where in positions:
-            here = slice(first, first + len(where))
-            entries = slice(ends[first], ends[first + len(where)])
-            yield Targets(
-                position=where,
-                kept=counts[here].astype(np.uint16),
-                ids=ids[entries].astype(np.int32),
-                logprobs=logprobs[entries],
-                rests=rests[:, here],
-                realised_logprob=realised[here],
-                counts=None if drawn_counts is None else drawn_counts[entries],
-                entropy=entropy[here],
-                logsumexp=logsumexp[here],
-                boundary=None if boundary is None else boundary[here],
-                hidden=None if state is None else state[here],
-                hidden_scale=None if scale is None else scale[here],
-            )
-            first += len(where)
+        if self._kept:
+            boundary = torch.cat(self._masses).cpu().numpy() if self._masses else None
+            states = torch.cat(self._states).cpu().numpy() if self._states else None
+            yield from shared_out(concatenated(self._kept), positions, boundary, states)
+
+
+def shared_out(kept: Kept, positions: list[np.ndarray], boundary: np.ndarray | None = None, states: np.ndarray | None = None) -> Iterator[Targets]:
+    """What is kept of all positions, record by record. positions: those of each record; boundary: [N, CLASSES]; states: [N, H]."""
+    counts, ids, logprobs = (values.cpu().numpy() for values in (kept.kept, kept.ids, kept.logprobs))
+    rests, realised, entropy, logsumexp = (values.float().cpu().numpy() for values in (kept.rests, kept.realised_logprob, kept.entropy, kept.logsumexp))
+    draws = None if kept.counts is None else kept.counts.cpu().numpy().astype(np.uint8)
+    hidden, scale = (None, None) if states is None else encode_hidden(states)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    first = 0
+    for where in positions:
+        here = slice(first, first + len(where))
+        entries = slice(ends[first], ends[first + len(where)])
+        yield Targets(
+            position=where,
+            kept=counts[here].astype(np.uint16),
+            ids=ids[entries].astype(np.int32),
+            logprobs=logprobs[entries],
+            rests=rests[:, here],
+            realised_logprob=realised[here],
+            counts=None if draws is None else draws[entries],
+            entropy=entropy[here],
+            logsumexp=logsumexp[here],
+            boundary=None if boundary is None else boundary[here],
+            hidden=None if hidden is None else hidden[here],
+            hidden_scale=None if scale is None else scale[here],
+        )
+        first += len(where)
 
 
 def _uniform(tokens: Tokens, positions: np.ndarray, draws: int) -> np.ndarray:
