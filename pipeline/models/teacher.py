@@ -12,7 +12,7 @@ from pipeline.errors import NumericsError
 from pipeline.models.heads import RowLogits
 from pipeline.signals.codec import encode_hidden
 from pipeline.signals.records import Tokens
-from pipeline.signals.selection import Kept, class_masses, concatenated, drawn, strongest, tail_sums
+from pipeline.signals.selection import Kept, class_masses, concatenated, drawn, strongest, tail_sums, workspace
 from pipeline.signals.targets import Targets
 
 BUCKET = 32
@@ -46,12 +46,12 @@ class Tail:
         self.positions = 0
         self._seen = 0
 
-    def add(self, logits: Tensor, kept: Kept, temperatures: list[float]) -> None:
+    def add(self, logits: Tensor, kept: Kept, temperatures: list[float], space: Tensor | None = None) -> None:
         # one of each few in a row, at random: answers of one length would else be looked at in the same places
         draw = np.random.Generator(np.random.Philox(key=self._seen))
         first = np.arange(0, len(logits), TAIL_EVERY)
         chosen = first + draw.integers(0, np.minimum(TAIL_EVERY, len(logits) - first))
-        tail_sums(logits, kept, temperatures, self._sums, torch.from_numpy(chosen).to(logits.device))
+        tail_sums(logits, kept, temperatures, self._sums, torch.from_numpy(chosen).to(logits.device), space)
         self.positions += len(chosen)
         self._seen += len(logits)
 
@@ -123,6 +123,7 @@ class _Answers:
         self._teacher, self._question, self._tail = teacher, question, tail
         self._device = next(teacher.parameters()).device
         self._chunk = positions_at_once(teacher.vocabulary_size)
+        self._space = workspace(teacher.vocabulary_size, self._device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, what follows, numbers to draw with
         self._kept: list[Kept] = []
         self._masses: list[Tensor] = []
@@ -158,13 +159,13 @@ class _Answers:
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._chunk - len(hidden)))  # a chunk keeps its shape, too
         logits = self._teacher.head(padded)[: len(hidden)]
         try:
-            kept = drawn(logits, realised, uniform, question.temperatures) if question.draws else self._strongest(logits, realised)
+            kept = drawn(logits, realised, uniform, question.temperatures, self._space) if question.draws else self._strongest(logits, realised)
         except NumericsError as error:
             raise NumericsError(error.args[0], self._done + error.args[1]) from None
         if self._tail is not None:
-            self._tail.add(logits, kept, question.temperatures)
+            self._tail.add(logits, kept, question.temperatures, self._space)
         if question.class_of is not None:
-            self._masses.append(class_masses(logits, kept.logsumexp, question.class_of, question.classes))
+            self._masses.append(class_masses(logits, kept.logsumexp, question.class_of, question.classes, self._space))
         if question.hidden:
             self._states.append(hidden.float())
         self._kept.append(kept)
@@ -172,7 +173,7 @@ class _Answers:
 
     def _strongest(self, logits: Tensor, realised: Tensor) -> Kept:
         question = self._question
-        return strongest(logits, realised, question.threshold, question.least, question.most, question.temperatures)
+        return strongest(logits, realised, question.threshold, question.least, question.most, question.temperatures, self._space)
 
     def by_record(self, positions: list[np.ndarray]) -> Iterator[Targets]:
         """The kept tokens of all positions, shared out to their records."""
