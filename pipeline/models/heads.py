@@ -28,9 +28,17 @@ class RowLogits(nn.Module):
         """[B*T, H]. Without a padding mask: what is padded on the right is seen by no position before it."""
         return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """[N, V] of hidden [N, H]. Rows of the head beyond the tokenizer's ids are no tokens: they take no part."""
-        return _capped(self.model.get_output_embeddings()(hidden)[:, : self.vocabulary_size], self.softcap)
+    def head(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, V] of hidden [N, H]. Rows of the head beyond the tokenizer's ids are no tokens: they take no part. out: what `space` gave."""
+        head = self.model.get_output_embeddings()
+        logits = head(hidden) if out is None else torch.mm(hidden, head.weight.t(), out=out)
+        return _capped(logits[:, : self.vocabulary_size], self.softcap)
+
+    def space(self, rows: int) -> Tensor | None:
+        """Memory for the logits of so many rows, to be used again: fresh memory costs a CPU a tenth of the product. None where the head is no plain matrix."""
+        head = self.model.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None
+        return head.weight.new_empty((rows, len(head.weight))) if plain else None
 
     @property
     def softcap(self) -> float | None:

@@ -123,6 +123,7 @@ class _Answers:
         self._teacher, self._question, self._tail = teacher, question, tail
         self._device = next(teacher.parameters()).device
         self._chunk = positions_at_once(teacher.vocabulary_size)
+        self._logits = teacher.space(self._chunk)
         self._space = workspace(teacher.vocabulary_size, self._device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, what follows, numbers to draw with
         self._kept: list[Kept] = []
@@ -157,7 +158,7 @@ class _Answers:
     def _ask(self, hidden: Tensor, realised: Tensor, uniform: Tensor) -> None:
         question = self._question
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, self._chunk - len(hidden)))  # a chunk keeps its shape, too
-        logits = self._teacher.head(padded)[: len(hidden)]
+        logits = self._teacher.head(padded, self._logits)[: len(hidden)]
         try:
             kept = drawn(logits, realised, uniform, question.temperatures, self._space) if question.draws else self._strongest(logits, realised)
         except NumericsError as error:

@@ -104,6 +104,19 @@ def test_a_cap_that_is_forgotten_is_refused(monkeypatch):
         row_logits(model, "tiny", 70)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_that_is_used_again_changes_no_logit(name: str):
+    """And a head with a bias has none of it."""
+    model = MODELS[name]()
+    module = row_logits(model, "tiny", 60)
+    space = module.space(16)
+    assert (space is None) == (model.get_output_embeddings().bias is not None)
+    with torch.inference_mode():
+        for first in (0, 16):
+            hidden = module.hidden(torch.arange(first, first + 16)[None])
+            torch.testing.assert_close(module.head(hidden, space), module.head(hidden), rtol=0, atol=1e-5)
+
+
 def check_kept_head(model: PreTrainedModel, file: Path, bits: float = 0.5) -> None:
     """Logits of int8 states and the head that was kept: off by what rounding each element by half its scale can make."""
     module = row_logits(model, "tiny", 60)

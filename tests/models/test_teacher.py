@@ -75,9 +75,9 @@ class Watched(RowLogits):
         self.bodies.add(tuple(ids.shape))
         return super().hidden(ids)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self.heads.add((self.width, len(hidden)))
-        return super().head(hidden)
+        return super().head(hidden, out)
 
 
 def test_the_shapes_of_a_forward_pass_depend_on_the_records_length_alone():
