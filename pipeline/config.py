@@ -267,6 +267,8 @@ class Machine(Section):
     student_micro_batch_records: Positive = 4
     workers: Annotated[int, Field(ge=0)] = 1
     """Threads that make the next batches ready while the model computes."""
+    max_rejected: Share = 0.001
+    """When the teacher's logits are not finite on more than this share of the records, cache-teacher stops."""
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
     """Optimizer steps between two checkpoints."""

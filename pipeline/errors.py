@@ -6,7 +6,9 @@ PipelineError            exit status 1: the work failed
 │   ├── NotFinished      a stage that this one builds on has no finished folder
 │   └── Mismatch         two things that do not belong together (a cache and another teacher's vocabulary)
 ├── DamageError          exit status 1: a file is not what was written
-└── NumericsError        exit status 1: NaN or infinity where a number must be
+├── Disagreement         exit status 1: the same work gave two results
+├── NumericsError        exit status 1: NaN or infinity where a number must be
+└── Stopped              exit status 75: SIGTERM; what was finished is kept
 """
 
 
@@ -36,3 +38,14 @@ class DamageError(PipelineError):
 
 class NumericsError(PipelineError):
     pass
+
+
+class Disagreement(PipelineError):
+    pass
+
+
+class Stopped(PipelineError):
+    exit_status = 75
+
+    def __init__(self) -> None:
+        super().__init__("Stopped by SIGTERM. What was finished is kept; the same command again goes on from there.")

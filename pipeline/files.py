@@ -1,39 +1,51 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import glob
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamageError
 
 UNFINISHED = ".unfinished-"
+FORGOTTEN_AFTER = 24 * 3600
+"""Seconds after which a temporary file of a writer on another machine is taken for left behind."""
 
 
 @contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
+def appears_whole(path: Path, absent: bool = False) -> Iterator[Path]:
     """A temporary name to write a file (or make a folder) under; `path` has it, synced, when the block ends well.
 
     An exception in the block, or a kill at any moment, leaves `path` as it was. What a kill leaves under the
     temporary name is swept away by `remove_unfinished`.
+    absent: what stands under `path` by then stays; FileExistsError if it is not the same.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{UNFINISHED}{os.getpid()}-{path.name}"
+    make_folder(path.parent)
+    temporary = path.parent / f"{UNFINISHED}{HOST}-{os.getpid()}-{path.name}"
     try:
         yield temporary
-        if temporary.is_dir():
-            for file in sorted(temporary.rglob("*")):
-                _sync(file)
-            shutil.rmtree(path, ignore_errors=True)
-        # sync first: the rename may reach the disk before the bytes do
+        # sync first: the name may reach the disk before the bytes do
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
         _sync(temporary)
-        os.replace(temporary, path)
+        if temporary.is_dir():
+            if not _same_folder(temporary, path):
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(temporary, path)
+        elif absent:
+            if not name_if_absent(temporary, path) and sha256_of(path) != sha256_of(temporary):
+                raise FileExistsError(errno.EEXIST, "It is there already, with other bytes", str(path))
+        else:
+            os.replace(temporary, path)
         _sync(path.parent)
     finally:
         if temporary.is_dir():
@@ -42,14 +54,70 @@ def appears_whole(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """The folder and those above it, so that they are still there after a loss of power."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
+def name_if_absent(temporary: Path, path: Path) -> bool:
+    """Give a file its name; False if the name is taken. Of several writers one succeeds, on a network file system, too."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return os.path.samefile(temporary, path)  # NFS may say so of its own success
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        if path.exists():
+            return False
+        os.replace(temporary, path)  # no hard links here: only one process may write
+    return True
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    files, others = ({file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()} for folder in (one, other))
+    return files.keys() == others.keys() and all(sha256_of(file) == sha256_of(others[name]) for name, file in files.items())
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Sweep away what killed writers left; only for a folder that nobody else writes to."""
+    """Sweep away what killed writers left; what a living one may still be writing stays."""
     for left in list(folder.rglob(f"{UNFINISHED}*")):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        _, host, process, *_ = f"{left.name}---".split("-")
+        with suppress(FileNotFoundError):
+            if is_running(process) if host == HOST else time.time() - left.stat().st_mtime < FORGOTTEN_AFTER:
+                continue
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    with appears_whole(path) as temporary:
+def is_running(process: str) -> bool:
+    """Whether a process of this machine, other than this one, is there. process: its number."""
+    if not process.isdigit() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _host() -> str:
+    """Eight digits for the machine since it was started, and the container: where a process number means something."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+HOST = _host()
+
+
+def write_json(path: Path, value: Any, absent: bool = False) -> None:
+    with appears_whole(path, absent) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -76,6 +144,12 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def stats(file: Path) -> list[int]:
+    """What changes when a file is changed, short of reading it: device, inode, size, mtime and ctime."""
+    stat = os.stat(file)
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def files_named(pattern: str) -> list[Path]:

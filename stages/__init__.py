@@ -16,6 +16,7 @@ STAGES = (
         version=2,
         reads=("data", "teacher", "targets"),
         needs=("prepare-data",),
+        several=True,
         help="Run the teacher once and keep what it says.",
     ),
     Stage(

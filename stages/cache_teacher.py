@@ -3,9 +3,9 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from pipeline.cache.reader import EXTRAS, read_prepared
 from pipeline.cache.schema import FORMAT, Logits
 from pipeline.cache.writer import Background, Shard, write_vocabulary
 from pipeline.config import Data, Machine, Targets, Teacher
-from pipeline.errors import NumericsError
+from pipeline.config import Logits as LogitsSettings
+from pipeline.errors import InputError, NumericsError
 from pipeline.files import appears_whole, write_json
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher
@@ -26,8 +27,10 @@ from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.targets import Targets as Word
-from pipeline.signals.vocabulary import CLASSES, first_byte_classes
+from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
+Asked = tuple[Record, Tokens]
+HEAD = "head.safetensors"
 TAIL_SHARDS = 16
 """Training shards, evenly spread, over which the tail marginals are summed up: enough for means, and little work."""
 
@@ -39,10 +42,10 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     vocabulary = tokenizer.vocabulary
     wanted = targets.logits
     counts = {split: prepared.summary[split] for split in ("train", "heldout")}
-    splits = [split for split, count in counts.items() for _ in range(-(-count // data.records_per_shard))]
-    with_tail = _spread(splits.count("train"), TAIL_SHARDS) if wanted.method == "head" else []
-    out.plan("shards", len(splits))
-    unfinished = set(out.unfinished(len(splits)))
+    parts = [(split, group) for split, count in counts.items() for group in range(-(-count // data.records_per_shard))]
+    names = [f"{shard:05d}" for shard in range(len(parts))]
+    with_tail = _spread(sum(split == "train" for split, _ in parts), TAIL_SHARDS) if wanted.method == "head" else []
+    out.plan("shards", len(parts))
     form = Logits.of(
         wanted.method,
         wanted.temperatures,
@@ -54,46 +57,35 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         logsumexp=wanted.logsumexp,
         boundary=wanted.boundary,
     )
+    loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out.path))
+    progress = Progress("cache-teacher", total=len(parts), done=len(out.names()), unit="shards")
 
-    head_file = out.path / "head.safetensors"
-    if unfinished or (wanted.hidden and not head_file.exists()):
-        device = device_named(machine.device)
-        memory = PeakMemory(device)
-        model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
-        head = row_logits(model, teacher.model, rows_that_are_tokens(model, teacher.model, vocabulary))
-        if wanted.hidden:
-            with appears_whole(head_file) as temporary:
-                head.keep_head(temporary)
-        question = Question(
-            temperatures=wanted.temperatures,
-            threshold=wanted.threshold,
-            least=wanted.least,
-            most=wanted.keep,
-            draws=wanted.keep if wanted.method == "sampled" else 0,
-            class_of=torch.from_numpy(first_byte_classes(vocabulary))[: head.vocabulary_size].to(device) if wanted.boundary else None,
-            classes=len(CLASSES),
-            hidden=wanted.hidden is not None,
-        )
-        numerics = {"device": str(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records, "threads": torch.get_num_threads()}
-        progress = Progress("cache-teacher", total=len(splits), done=len(splits) - len(unfinished), unit="shards")
-        records = {split: read_prepared(prepared.file(f"{split}.parquet")) for split in counts}
+    with Background() as writing:  # a shard is written while the teacher reads the next one
         started = time.monotonic()
-        with Background() as writing:  # a shard is written while the teacher reads the next one
-            for shard, split in enumerate(splits):
-                here = list(islice(records[split], data.records_per_shard))
-                if shard not in unfinished:
-                    continue
-                rendered = [fitted for record in here for fitted in _fitted(record, split, tokenizer, data.max_tokens)]
-                kept = [example for example in rendered if example is not None]
-                tail = Tail(wanted.temperatures, head.vocabulary_size, device) if shard in with_tail else None
-                said = _said(head, [record for record, _ in kept], [tokens for _, tokens in kept], question, targets, machine, tail, writing.check)
-                examples = [(record, tokens, word) for (record, tokens), word in zip(kept, said, strict=True)]
-                written = Shard(out.path, shard, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
-                told = {"split": split, "left_out": len(rendered) - len(kept), "seconds": time.monotonic() - started, "peak_memory_mb": memory.megabytes(), "numerics": numerics}
-                started = time.monotonic()  # what waits for the writer counts for the next shard
-                writing.do(partial(_commit, out, written, told, progress))
+        for name in out.pieces(names, meanwhile=writing.check):
+            split, group = parts[int(name)]
+            here = read_prepared(prepared.file(f"{split}.parquet"), group)
+            rendered = [fitted for record in here for fitted in _fitted(record, split, tokenizer, data.max_tokens)]
+            asked = [example for example in rendered if example is not None]
+            word = loaded()
+            rejected: list[dict[str, Any]] = []
+            while True:
+                tail = Tail(wanted.temperatures, word.head.vocabulary_size, word.device) if int(name) in with_tail else None
+                try:
+                    said = word.of([tokens for _, tokens in asked], targets, tail, writing.check)
+                    break
+                except NumericsError as error:
+                    asked = _without(asked, error, rejected)
+                    _check_rejected(rejected + [each for done in out.names() for each in out.info(done)["rejected"]], machine.max_rejected, sum(counts.values()))
+            examples = [(record, tokens, targets) for (record, tokens), targets in zip(asked, said, strict=True)]
+            written = Shard(out.path, int(name), examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
+            told = {"split": split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
+            writing.do(partial(_commit, out, written, told | {"peak_memory_mb": word.memory.megabytes(), "numerics": word.numerics}, progress))
+            started = time.monotonic()  # what waits for the writer counts for the next shard
+    if wanted.hidden and not (out.path / HEAD).exists():
+        loaded()
 
-    committed = [out.info(f"{shard:05d}") for shard in range(len(splits))]
+    committed = [out.info(name) for name in names]
     write_vocabulary(out.path / "vocabulary.parquet", vocabulary)
     with appears_whole(out.path / "tokenizer") as folder:
         tokenizer.tokenizer.save_pretrained(folder)
@@ -112,6 +104,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "end_ids": list(vocabulary.end_ids),
         "tail_shards": with_tail,
         "specialties": _specialties(committed),
+        "rejected": [each for shard in committed for each in shard["rejected"]],
         "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions", "groups")} for shard in committed],
     }
     write_json(out.path / "cache.json", about)
@@ -132,29 +125,89 @@ def _fitted(record: Record, split: str, tokenizer: RecordTokenizer, max_tokens: 
         yield None
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The teacher in memory, and what it is asked."""
+
+    head: RowLogits
+    question: Question
+    memory: PeakMemory
+    device: torch.device
+    batch_records: int
+    numerics: dict[str, Any]
+
+    def of(self, tokens: list[Tokens], targets: Targets, tail: Tail | None, check: Callable[[], None]) -> list[Word]:
+        """NumericsError, with the record's number and the position in `.args[1:]`, if its logits are not finite."""
+        for last in (False, True):
+            try:
+                return said_of(self.head, tokens, self.question, everywhere=targets.positions == "all", batch_records=self.batch_records, tail=tail, after_batch=check)
+            except torch.OutOfMemoryError:
+                if last:
+                    raise InputError(
+                        f"The device has not enough memory for {self.batch_records} records at once, twice in a row. Run the command again with a lower "
+                        "`--set machine.teacher_batch_records=...`; what was finished is kept."
+                    ) from None
+                torch.cuda.empty_cache()
+                if tail is not None:
+                    tail.reset()
+        raise AssertionError
+
+
+def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary, folder: Path) -> _Loaded:
+    device = device_named(machine.device)
+    memory = PeakMemory(device)
+    model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
+    head = row_logits(model, teacher.model, rows_that_are_tokens(model, teacher.model, vocabulary))
+    if wanted.hidden and not (folder / HEAD).exists():
+        with appears_whole(folder / HEAD) as temporary:
+            head.keep_head(temporary)
+    question = Question(
+        temperatures=wanted.temperatures,
+        threshold=wanted.threshold,
+        least=wanted.least,
+        most=wanted.keep,
+        draws=wanted.keep if wanted.method == "sampled" else 0,
+        class_of=torch.from_numpy(first_byte_classes(vocabulary))[: head.vocabulary_size].to(device) if wanted.boundary else None,
+        classes=len(CLASSES),
+        hidden=wanted.hidden is not None,
+    )
+    numerics = {"device": str(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records, "threads": torch.get_num_threads()}
+    return _Loaded(head, question, memory, device, machine.teacher_batch_records, numerics)
+
+
+def _without(asked: list[Asked], error: NumericsError, rejected: list[dict[str, Any]]) -> list[Asked]:
+    """The others; a question goes with all its options."""
+    what, number, position = error.args
+    wrong = asked[number][0]
+    question = wrong.choice_of or wrong.id
+    rejected.append({"id": question, "reason": f"{what} (NaN or infinity) at position {position} of {wrong.id}"})
+    return [(record, tokens) for record, tokens in asked if (record.choice_of or record.id) != question]
+
+
+def _check_rejected(rejected: list[dict[str, Any]], most: float, records: int) -> None:
+    if len(rejected) > most * records:
+        raise NumericsError(
+            f"The teacher's word on record {rejected[0]['id']} cannot be kept: {rejected[0]['reason']}. "
+            f"With it {len(rejected)} of {records} records are rejected, more than machine.max_rejected ({most:g}) allows. "
+            "The shards before it are kept. Try `--set teacher.dtype=float32`, or another quantization."
+        )
+
+
 def _commit(out: RunFolder, written: Shard, told: dict[str, Any], progress: Progress) -> None:
-    files = written.write()
+    name = f"{written.number:05d}"
     tokens = sum(len(tokens) for _, tokens, _ in written.examples)
     totals: dict[str, Any] = {"records": len(written.examples), "tokens": tokens, "positions": sum(len(word.position) for _, _, word in written.examples)}
     totals["specialties"] = dict(sorted(Counter(record.specialty or "" for record, _, _ in written.examples).items()))
-    out.commit(f"{written.number:05d}", files, **told, **totals, groups=written.groups())
+    try:
+        out.commit(name, written.write(), **told, **totals, groups=written.groups())
+    except FileExistsError:  # another process was faster
+        out.agree(name, written.digests())
     progress.advance(1, tokens)
 
 
 def _spread(count: int, most: int) -> list[int]:
     """At most so many of the first `count` numbers, evenly spread."""
     return sorted({i * count // min(count, most) for i in range(min(count, most))})
-
-
-def _said(head: RowLogits, records: list[Record], tokens: list[Tokens], question: Question, targets: Targets, machine: Machine, tail: Tail | None, check: Callable[[], None]) -> list[Word]:
-    try:
-        return said_of(head, tokens, question, everywhere=targets.positions == "all", batch_records=machine.teacher_batch_records, tail=tail, after_batch=check)
-    except NumericsError as error:
-        what, number, position = error.args
-        raise NumericsError(
-            f"The teacher's word on record {records[number].id}, position {position}, cannot be kept: {what} (NaN or infinity). "
-            "The shards before it are kept. Try `--set teacher.dtype=float32`, or another quantization."
-        ) from None
 
 
 def _specialties(shards: list[dict[str, Any]]) -> dict[str, int]:
@@ -175,6 +228,7 @@ def _summary(shards: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": total["tokens"],
         "positions": total["positions"],
         "left_out": total["left_out"],
+        "rejected": sum(len(shard["rejected"]) for shard in shards),
         "tokens_per_second": round(total["tokens"] / max(float(total["seconds"]), 1e-9), 1),
         "peak_memory_mb": round(max((shard["peak_memory_mb"] for shard in shards), default=0.0), 1),
         "mixed_numerics": len({str(shard["numerics"]) for shard in shards}) > 1,

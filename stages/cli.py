@@ -16,6 +16,7 @@ from pipeline.config import load_experiment
 from pipeline.errors import InputError, PipelineError
 from pipeline.running.folder import FinishedFolder, damage, progress, repair
 from pipeline.running.runner import Runner
+from pipeline.running.stopping import stops_when_asked
 from stages import STAGES
 
 
@@ -89,7 +90,8 @@ def _add_stage_command(name: str, text: str) -> None:
     @_experiment_options
     def command(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
         runner = _runner(runs, experiment, changes, given)
-        report = runner.run(name)
+        with stops_when_asked():
+            report = runner.run(name)
         _publish(runner, report)
         _show(report, as_json)
 
@@ -104,10 +106,11 @@ def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
     """Every stage that is not finished, in order."""
     runner = _runner(runs, experiment, changes, given)
     reports = []
-    for stage in runner.planned():
-        reports.append(runner.run(stage.name))
-        if not as_json:
-            click.echo(f"{stage.name}: {reports[-1]['state']} ({reports[-1]['folder']})", err=True)
+    with stops_when_asked():
+        for stage in runner.planned():
+            reports.append(runner.run(stage.name))
+            if not as_json:
+                click.echo(f"{stage.name}: {reports[-1]['state']} ({reports[-1]['folder']})", err=True)
     _publish(runner, reports[-1])
     if as_json:
         click.echo(json.dumps({"stages": reports}))

@@ -37,7 +37,7 @@ def run(data: Data, out: RunFolder) -> dict[str, Any]:
     if not heldout:
         raise InputError("No record is held out, and evaluate needs some. Give data.heldout a larger fraction, or datasets of its own.")
     for split, records in (("train", train), ("heldout", heldout)):
-        write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records])
+        write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records], data.records_per_shard)
     specialties = Counter(record.specialty or "none" for record in train)
     return {"train": len(train), "heldout": len(heldout), "dropped": dict(sorted(dropped.items())), "specialties": dict(specialties.most_common())}
 

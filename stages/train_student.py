@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.cache.projected import StudentView, read_projection
 from pipeline.cache.reader import Cache, Place
 from pipeline.config import Machine, Student, Training
-from pipeline.errors import InputError, NumericsError
+from pipeline.errors import InputError, NumericsError, Stopped
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
 from pipeline.models.heads import KeptHead, row_logits, rows_that_are_tokens
@@ -25,6 +26,7 @@ from pipeline.reporting.model_card import model_card
 from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
+from pipeline.running.stopping import asked, one_by_one
 from pipeline.signals.projection import Projection
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.training.batches import Batch, made_ahead, make_batch
@@ -86,12 +88,12 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
 
-    for step, batches in zip(range(begin, steps), made_ahead(batches_of, range(begin, steps), machine.workers), strict=True):
+    for step, batches in one_by_one(zip(range(begin, steps), made_ahead(batches_of, range(begin, steps), machine.workers), strict=True)):
         torch.manual_seed(_seed(training.seed, step, accelerator.process_index))
         here = [batch.to(accelerator.device) for batch in batches]
         total = torch.stack([mass(batch) for batch in here]).sum(0) if here else torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         total = accelerator.reduce(total, "sum")
-        sums = torch.zeros(len(objective) + 1, device=accelerator.device)
+        sums = torch.zeros(len(objective) + 2, device=accelerator.device)
         for batch in here:
             with accelerator.autocast():
                 logits = module(batch.ids, batch.rows)
@@ -100,7 +102,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             if calibration and batch.teacher is not None:
                 calibration.add(logits[batch.known], batch.teacher)
             loss.backward()
-            sums += torch.stack([loss.detach(), *(shares.get(part.name, loss.new_zeros(())) for part in objective)])
+            sums[:-1] += torch.stack([loss.detach(), *(shares.get(part.name, loss.new_zeros(())) for part in objective)])
+        sums[-1] = asked()  # any process may have been told to stop
         sums = accelerator.reduce(sums, "sum")
         if accelerator.num_processes > 1:
             _sum_gradients(model, accelerator)
@@ -116,12 +119,15 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if calibration:
             calibration.step(_temperature(training, step, steps), accelerator)
 
-        losses = {part.name: value for part, value in zip(objective, sums[1:].tolist(), strict=True)}
+        losses = {part.name: value for part, value in zip(objective, sums[1:-1].tolist(), strict=True)}
         log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=_temperature(training, step, steps), gradient_norm=float(norm))
         progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
-        if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 == steps):
+        stops = bool(sums[-1] > 0) and step + 1 < steps
+        if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 == steps or stops):
             log.flush()
             _checkpoint(out, step + 1, module, optimizer, state)
+        if stops:
+            raise Stopped
     log.close()
 
     if accelerator.is_main_process:
@@ -176,8 +182,10 @@ class Log:
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
+        """Onto the disk: a checkpoint that is there must not lack what was logged before it."""
         if self._writes:
             self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._writes:
@@ -245,6 +253,6 @@ def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Opti
 def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
     name = f"step-{step:07d}"
     save_checkpoint(out.path / "checkpoints" / f"{name}.safetensors", module, optimizer, state)
-    out.commit(name, [f"checkpoints/{name}.safetensors"])
+    out.commit(name, {f"checkpoints/{name}.safetensors": {}})
     for old in out.names()[:-KEEP_CHECKPOINTS]:
         out.withdraw(old)

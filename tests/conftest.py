@@ -17,6 +17,14 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
+SOAK = bool(os.environ.get("PIPELINE_SOAK"))
+"""Whether the tests that try things many times try them as often as docs/reliability.md says (`make soak`)."""
+
+
+def report(figure: str) -> None:
+    """Print what a soak test has counted."""
+    if SOAK:
+        print(f"\n* {figure}", file=sys.__stderr__, flush=True)
 
 
 @dataclass

@@ -6,12 +6,14 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import stages.cache_teacher
 from pipeline.errors import NumericsError
+from pipeline.running.folder import FinishedFolder
 from tests.conftest import CONFIG, Place
 
 SLOW_CACHE = ["--set", "data.records_per_shard=1", "--set", "machine.teacher_batch_records=1"]
@@ -223,6 +225,137 @@ def test_nan_logits_stop_the_cache_with_the_record_named_and_keep_what_was_done(
     monkeypatch.setattr(stages.cache_teacher, "said_of", real)
     assert place.json("status", CONFIG)["stages"][1]["state"].startswith("begun 2 of ")
     place.pipeline("cache-teacher", CONFIG)
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, place: Place, number: int) -> str:
+    """The teacher's hidden states become NaN wherever it reads this training record; gives the record's id."""
+    from pipeline.cache.reader import Cache
+    from pipeline.models.heads import RowLogits
+
+    example = list(Cache(place.finished("cache-teacher").file).examples("train"))[number]
+    real = RowLogits.hidden
+
+    def hidden(self: RowLogits, ids: torch.Tensor) -> torch.Tensor:
+        states = real(self, ids).unflatten(0, ids.shape).clone()
+        length = min(len(example.tokens), ids.shape[1])
+        states[(ids[:, :length] == torch.from_numpy(example.tokens.ids[:length].astype("int64"))).all(1)] = float("nan")
+        return states.flatten(0, 1)
+
+    monkeypatch.setattr(RowLogits, "hidden", hidden)
+    return str(example.record.id)
+
+
+def test_a_record_with_nan_logits_is_listed_and_its_neighbours_stay_the_same(done: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from pipeline.cache.reader import Cache
+
+    place = copied(done, tmp_path / "copy")
+    id = poisoned(monkeypatch, place, 3)
+    again = ["--runs", "again"]
+    place.pipeline(*again, "prepare-data", CONFIG)
+    assert id in place.pipeline(*again, "cache-teacher", CONFIG, status=1)
+    report = place.json(*again, "cache-teacher", CONFIG, "--set", "machine.max_rejected=0.1")
+    assert report["summary"]["rejected"] == 1
+    reader = Cache(FinishedFolder(place.path / report["folder"]).file)
+    assert [each["id"] for each in reader.about["rejected"]] == [id]
+    assert "NaN" in reader.about["rejected"][0]["reason"]
+    before = {example.record.id: example for example in Cache(done.finished("cache-teacher").file).examples("train")}
+    after = {example.record.id: example for example in reader.examples("train")}
+    assert after.keys() == before.keys() - {id}
+    for name, example in after.items():
+        ours, theirs = example.targets, before[name].targets
+        for field in ("kept", "rests", "realised_logprob"):
+            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field))
+        owner = np.repeat(np.arange(len(ours.kept)), ours.kept)
+        # inside a position tokens lie by the shard's ranks, which a record less can change
+        one, two = (np.lexsort((targets.ids, owner)) for targets in (ours, theirs))
+        np.testing.assert_array_equal(ours.ids[one], theirs.ids[two])
+        np.testing.assert_array_equal(ours.logprobs[one], theirs.logprobs[two])
+
+
+def test_too_little_memory_once_is_tried_again_and_twice_is_an_error_that_names_the_setting(done: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = copied(done, tmp_path / "copy")
+    real, calls = stages.cache_teacher.said_of, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) in (2, 4, 5):
+            real(*arguments, **options)  # so far that the tail's sums have something in them
+            raise torch.OutOfMemoryError
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(stages.cache_teacher, "said_of", full)
+    again = ["--runs", "again"]
+    place.pipeline(*again, "prepare-data", CONFIG)
+    assert "machine.teacher_batch_records" in place.pipeline(*again, "cache-teacher", CONFIG, status=2)
+    report = place.json(*again, "cache-teacher", CONFIG)
+    same_files(place.path / report["folder"], done.finished("cache-teacher").path)
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Of two caches of the same input."""
+    files = [sorted(file.name for file in folder.glob("*.parquet")) for folder in (one, other)]
+    assert files[0] == files[1]
+    assert all((one / name).read_bytes() == (other / name).read_bytes() for name in files[0])
+
+
+def test_two_processes_fill_one_cache_and_a_third_that_is_killed_does_not_matter(place: Place):
+    place.pipeline("prepare-data", CONFIG, *SLOW_CACHE)
+    processes = [place.start("cache-teacher", CONFIG, *SLOW_CACHE, "--json") for _ in range(3)]
+    (runs,) = [place.path / "runs" / "cache-teacher"]
+    while not list(runs.glob("*/commits/*.json")):
+        time.sleep(0.01)
+    processes[0].kill()
+    reports = [json.loads(process.communicate()[0]) for process in processes[1:]]
+    assert reports[0]["folder"] == reports[1]["folder"]
+    place.pipeline("--runs", "straight", "prepare-data", CONFIG, *SLOW_CACHE)
+    straight = place.json("--runs", "straight", "cache-teacher", CONFIG, *SLOW_CACHE)
+    same_files(place.path / reports[0]["folder"], place.path / straight["folder"])
+    folder = place.finished("cache-teacher").path
+    assert not [file for file in folder.rglob("*") if file.name.startswith(".unfinished-")]
+    assert not list((folder / "claims").iterdir())
+
+
+def told_to_stop(place: Place, *words: str) -> Path:
+    """Start `pipeline`, send SIGTERM after its first commit, and give the folder of the stage."""
+    process = place.start(*words)
+    while not (found := list((place.path / "runs" / words[0]).glob("*/commits/*.json"))):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    _, errors = process.communicate()
+    assert time.monotonic() - begin < 5
+    assert process.returncode == 75, errors
+    assert "Stopped by SIGTERM" in errors
+    assert "Traceback" not in errors
+    return found[0].parent.parent
+
+
+def test_a_notice_that_the_machine_goes_away_stops_the_cache_at_once_and_loses_nothing(place: Place):
+    place.pipeline("prepare-data", CONFIG, *SLOW_CACHE)
+    folder = told_to_stop(place, "cache-teacher", CONFIG, *SLOW_CACHE)
+    assert not [file for file in folder.rglob("*") if file.name.startswith(".unfinished-")]
+    assert not list((folder / "claims").iterdir())
+    shards = {file.stem for file in (folder / "commits").iterdir()}
+    assert {file.stem.removeprefix("logits-") for file in folder.glob("logits-*")} == shards
+    place.pipeline("cache-teacher", CONFIG, *SLOW_CACHE)
+    place.pipeline("--runs", "straight", "prepare-data", CONFIG, *SLOW_CACHE)
+    same_files(folder, place.path / place.json("--runs", "straight", "cache-teacher", CONFIG, *SLOW_CACHE)["folder"])
+
+
+def test_a_notice_that_the_machine_goes_away_stops_training_at_a_checkpoint(done: Place, tmp_path: Path):
+    place = copied(done, tmp_path / "copy")
+    shutil.rmtree(place.path / "runs" / "train-student")
+    folder = told_to_stop(place, "train-student", CONFIG, *SLOW_TRAINING, "--set", "machine.checkpoint_steps=5")
+    steps = sorted(int(file.stem.removeprefix("step-")) for file in (folder / "commits").iterdir())
+    assert steps[0] == 5
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps[-1]
+    process = place.start("train-student", CONFIG, *SLOW_TRAINING, "--set", "machine.checkpoint_steps=5")
+    process.communicate()
+    straight = place.start("--runs", "straight", "train-student", CONFIG, *SLOW_TRAINING, "--use", f"cache-teacher={done.finished('cache-teacher').path}")
+    straight.communicate()
+    (other,) = (place.path / "straight" / "train-student").glob("*")
+    one, two = (load_file(path / "student" / "model.safetensors") for path in (folder, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_teacher_whose_weights_are_nan_is_refused_for_real(own: Place):

@@ -241,13 +241,9 @@ def decode(table: pa.Table, form: Logits, order: np.ndarray) -> Decoded:
     )
 
 
-def read_prepared(path: Path) -> Iterator[Record]:
-    """The records of a file that prepare-data wrote, a row group at a time."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        _check_schema(path, file.schema_arrow, PREPARED)
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield record_of(row)
+def read_prepared(path: Path, group: int) -> list[Record]:
+    """The records of one row group of a file that prepare-data wrote."""
+    return [record_of(row) for row in read_table(path, PREPARED, group).to_pylist()]
 
 
 def record_of(row: dict[str, Any]) -> Record:

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache.digest import rows_digest
 from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, boundary_column, groups, hidden_schema, rest_column, tail_schema
 from pipeline.files import appears_whole
 from pipeline.signals.codec import encode_ids, encode_logprobs, encode_rests, ranks, spans
@@ -21,8 +23,10 @@ from pipeline.signals.targets import Targets
 from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
 
-def write_prepared(path: Path, records: list[Record]) -> None:
-    _write(path, pa.Table.from_pylist([_row(record, keep_text=True) for record in records], PREPARED), {})
+def write_prepared(path: Path, records: list[Record], per_group: int) -> None:
+    """per_group: records of each row group."""
+    cut = [len(records[a : a + per_group]) for a in range(0, len(records), per_group)]
+    _write(path, pa.Table.from_pylist([_row(record, keep_text=True) for record in records], PREPARED), {}, cut)
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,41 @@ class Shard:
         """Records of each row group."""
         return groups([len(targets.position) for _, _, targets in self.examples], [len(tokens) for _, tokens, _ in self.examples])
 
-    def write(self) -> list[str]:
-        """The files' names."""
+    def write(self) -> dict[str, dict[str, Any]]:
+        """What `digests` says of each file. FileExistsError if one is there with other bytes."""
+        said = self.digests()
+        for name, (table, about, cut) in self._tables.items():
+            _write(self.folder / name, table, about, cut, said[name]["rows_digest"])
+        return said
+
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """The files' names, and of each its rows and their digest."""
+        return {name: {"rows": len(table), "rows_digest": rows_digest(table)} for name, (table, _, _) in self._tables.items()}
+
+    @cached_property
+    def _tables(self) -> dict[str, tuple[pa.Table, dict[str, str], list[int] | None]]:
+        """By the file's name: its rows, its metadata, and the rows of each row group (None: one group)."""
         ids = pa.array([record.id for record, _, _ in self.examples], pa.string())
         targets = [targets for _, _, targets in self.examples]
-        written = [self._write("records", pa.Table.from_pylist([self._record(record, tokens) for record, tokens, _ in self.examples], RECORDS), self.groups())]
         table, order = logits_table(ids, targets, self.form)
-        written.append(self._write("logits", table, self.groups(), self.form.metadata()))
-        written.append(self._write("ranks", pa.table([np.diff(order, prepend=0).astype(np.int32)], RANKS)))
+        groups = self.groups()
+        contents: dict[str, tuple[pa.Table, dict[str, str], list[int] | None]] = {
+            "records": (pa.Table.from_pylist([self._record(record, tokens) for record, tokens, _ in self.examples], RECORDS), {}, groups),
+            "logits": (table, self.form.metadata(), groups),
+            "ranks": (pa.table([np.diff(order, prepend=0).astype(np.int32)], RANKS), {}, None),
+        }
         states = [t.hidden for t in targets if t.hidden is not None]
         if states:
             size = states[0].shape[1]
             elements = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), sum(map(len, states)), [None, pa.py_buffer(np.concatenate(states).tobytes())])
             offsets = pa.array(np.cumsum([0, *map(len, states)]), pa.int32())
             columns = [ids, pa.ListArray.from_arrays(offsets, elements), _lists([t.hidden_scale for t in targets], pa.float32())]
-            written.append(self._write("hidden", pa.table(columns, hidden_schema(size)), self.groups()))
+            contents["hidden"] = (pa.table(columns, hidden_schema(size)), {}, groups)
         if self.tail is not None:
             means, positions = self.tail
             about = {key: self.form.metadata()[key] for key in ("rest_step", "no_rest")} | {"positions": str(positions)}
-            written.append(self._write("tail", pa.table([encode_rests(mean) for mean in means], tail_schema(self.form.temperatures)), None, about))
-        return written
-
-    def _write(self, content: str, table: pa.Table, cut: list[int] | None = None, about: dict[str, str] | None = None) -> str:
-        name = f"{content}-{self.number:05d}.parquet"
-        _write(self.folder / name, table, {"content": content} | (about or {}), cut)
-        return name
+            contents["tail"] = (pa.table([encode_rests(mean) for mean in means], tail_schema(self.form.temperatures)), about, None)
+        return {f"{content}-{self.number:05d}.parquet": (table, {"content": content} | about, cut) for content, (table, about, cut) in contents.items()}
 
     def _record(self, record: Record, tokens: Tokens) -> dict[str, Any]:
         return _row(record, self.keep_text) | {"token_id": tokens.ids, "start": tokens.start, "end": tokens.end, "kind": tokens.kind, "lead": tokens.lead}
@@ -177,13 +191,13 @@ def _lists(parts: list[Any], kind: pa.DataType) -> pa.ListArray:
     return _list(_flat(parts, kind.to_pandas_dtype()), [len(part) for part in parts], kind)
 
 
-def _write(path: Path, table: pa.Table, metadata: dict[str, str], cut: list[int] | None = None) -> None:
-    """cut: the rows of each row group; one group of all where it is left out."""
+def _write(path: Path, table: pa.Table, metadata: dict[str, str], cut: list[int] | None = None, digest: str | None = None) -> None:
+    """cut: the rows of each row group; one group of all where it is left out. digest: of the rows; what stands under the name then stays."""
     # numbers that look random: neither dictionaries nor runs help, splitting their bytes does
     plain = [field.name for field in table.schema if field.name in (*RECORDS.names, *VOCABULARY.names) or pa.types.is_string(field.type)]
     split = [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in table.schema if field.name not in plain and _can_be_split(field.type)]
     dictionaries = [name for name in plain if not pa.types.is_list(table.schema.field(name).type)]
-    with appears_whole(path) as temporary:
+    with appears_whole(path, absent=digest is not None) as temporary:
         with pq.ParquetWriter(
             temporary,
             table.schema.remove_metadata(),
@@ -200,8 +214,9 @@ def _write(path: Path, table: pa.Table, metadata: dict[str, str], cut: list[int]
                 writer.write_table(table.slice(first, rows), row_group_size=max(rows, 1))
                 first += rows
         try:
-            whole = pq.read_metadata(temporary).num_rows == len(table)
-        except pa.ArrowException:
+            back = pq.read_table(temporary, page_checksum_verification=True)
+            whole = len(back) == len(table) and (digest is None or rows_digest(back) == digest)
+        except (pa.ArrowException, OSError):
             whole = False
         if not whole:  # closing a file on a full disk raises nothing
             raise OSError(errno.EIO, "This file could not be written whole; is the disk full?", str(path))

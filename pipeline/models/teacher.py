@@ -43,6 +43,10 @@ class Tail:
 
     def __init__(self, temperatures: list[float], vocabulary_size: int, device: torch.device) -> None:
         self._sums = torch.zeros((len(temperatures), vocabulary_size), device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums.zero_()
         self.positions = 0
         self._seen = 0
 

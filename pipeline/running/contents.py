@@ -5,13 +5,13 @@ remembered hash stands for it, so that what was built from it is still found.
 """
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamageError, InputError
 from pipeline.files import files_named, read_json, sha256_of, write_json
+from pipeline.files import stats as file_stats
 
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|.*\.model)")
 NOT_CONTENT = re.compile(r"(\..*|.*\.md)")
@@ -51,14 +51,14 @@ class Contents:
             if before:
                 return str(before["content"])
             raise InputError(_not_there(kind, name))
-        stats = {relative(file): _stat(file) for file in files}
+        stats = {relative(file): file_stats(file) for file in files}
         if before and before["stats"] == stats:
             return str(before["content"])
         digest = hashlib.sha256()
         for file in files:
             inner_name = "" if kind == "files" else relative(file)
             digest.update(f"{inner_name}\0{sha256_of(file)}\n".encode())
-        if any(_stat(file) != stats[relative(file)] for file in files):
+        if any(file_stats(file) != stats[relative(file)] for file in files):
             raise InputError(f"{name} changed while it was read. Run the command again when nobody writes to it.")
         size = sum(file.stat().st_size for file in files)
         self._remembered[key] = {"content": f"sha256:{digest.hexdigest()}", "size": size, "stats": stats}
@@ -71,11 +71,6 @@ def model_folder(model: str, runs: Path) -> Path:
     if model.startswith("run:"):
         return runs / model.removeprefix("run:") / "student"
     return Path(model).expanduser()
-
-
-def _stat(file: Path) -> list[int]:
-    stat = os.stat(file)
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _not_there(kind: str, name: str) -> str:

@@ -1,55 +1,108 @@
 """A run's folder: <runs>/<stage>/<fingerprint>/.
 
     plan.json             how much there is to do, written first
+    claims/               who works on what; nothing is believed because of them
     commits/NAME.json     one per finished piece (a shard, a checkpoint): size and SHA-256 of its files, and of itself
+    quarantine/           what was damaged and has been, or is to be, made anew
     manifest.json         written last: the identity, every file's size and SHA-256, the summary. With it the run is finished
 
-What has no commit is not there, whatever lies in the folder; what has no manifest is not finished.
+What has no commit is not there, whatever lies in the folder; what has no manifest is not finished. Several processes may
+write into one folder: of a piece's files, its commit and the manifest the first of each name stays.
 """
 
-import fcntl
 import hashlib
 import json
-import shutil
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipeline.errors import DamageError, InputError
-from pipeline.files import UNFINISHED, read_json, remove_unfinished, sha256_of, write_json
+from pipeline.errors import DamageError, Disagreement, InputError
+from pipeline.files import UNFINISHED, make_folder, read_json, remove_unfinished, sha256_of, stats, write_json
+from pipeline.running.claims import Claims
 from pipeline.running.fingerprint import Identity
 
 FORMAT = 1
-LOCK = ".lock"
+WHOLE = "whole"
+"""The claim of a process that must be a folder's only writer."""
 SCRATCH = ("checkpoints", "tensorboard")
 """Folders that are useful while a stage runs, or to look at, but no part of its result."""
+PLAIN_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
+"""A file, or a file in a folder: nothing that leads elsewhere, and nothing hidden."""
+OWN = ("claims", "commits", "quarantine", "manifest.json", "plan.json")
+"""What the folder keeps for itself."""
+POLL = 1.0
+"""Seconds between two looks at what other processes have finished."""
 
 
 class RunFolder:
-    """A folder that a stage writes its result into."""
+    """A folder that a stage writes its result into; claims are let go of by `close`.
 
-    def __init__(self, path: Path, only_writer: bool = True) -> None:
+    writers: one (InputError if there is another), several, or none (a process that only takes part in the computation).
+    """
+
+    def __init__(self, path: Path, writers: str = "one") -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path / LOCK) if only_writer else None
-        if only_writer:
+        make_folder(path / "commits")
+        self._claims = Claims(path / "claims").__enter__()
+        if writers == "one" and not self._claims.take(WHOLE):
+            self.close()
+            raise InputError(f"Another process is writing {path}. Wait until it has finished, or stop it first. (One on another machine that was killed is forgotten after two minutes.)")
+        self._writes = writers != "none"
+        if self._writes:
             remove_unfinished(path)
 
     def close(self) -> None:
         """Let others write."""
-        if self._lock:
-            self._lock.close()
+        self._claims.__exit__(None, None, None)
 
     def plan(self, unit: str, total: int) -> None:
         """Say how much there is to do, so that `pipeline status` can tell how far it is."""
         write_json(self.path / "plan.json", {"unit": unit, "total": total})
 
-    def unfinished(self, count: int) -> list[int]:
-        """The shards that have no commit, or whose files are not what the commit says: only these are left to do."""
-        return [shard for shard in range(count) if not self._stands(f"{shard:05d}")]
+    def pieces(self, names: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """The pieces that nobody has finished or is working on, each claimed for this process until it is committed.
+
+        Ends when every piece is committed or claimed here: waits for those that other processes work on, and does their work
+        if they die. A piece whose files (`...-NAME.*`) are not what its commit says goes to the quarantine first.
+        meanwhile: called while waiting.
+        """
+        checked: set[str] = set()
+        while True:
+            waiting = False
+            for name in names:
+                if self._claims.holds(name) or name in checked:
+                    continue
+                if self.stands(name):
+                    checked.add(name)
+                elif not self._claims.take(name):
+                    waiting = True
+                elif self.stands(name):  # finished while we looked
+                    self._claims.release(name)
+                else:
+                    self._clear(name)
+                    yield name
+            if not waiting:
+                return
+            meanwhile()
+            time.sleep(POLL)
 
     def committed(self) -> list[str]:
-        """The names of all pieces whose files are what their commit says, in order."""
-        return [name for name in _commit_names(self.path) if self._stands(name)]
+        """The names of all pieces whose files are what their commit says, in order; the others go to the quarantine."""
+        standing = [name for name in _commit_names(self.path) if self.stands(name)]
+        for name in set(_commit_names(self.path)) - set(standing) if self._writes else ():
+            self._clear(name)
+        return standing
+
+    def stands(self, name: str) -> bool:
+        """Whether a piece has a commit, and its files are what that says."""
+        try:
+            commit = _read_commit(self.path, name)
+        except DamageError:
+            return False
+        return not any(problem(self.path / file, entry) for file, entry in commit["files"].items())
 
     def names(self) -> list[str]:
         """The names of all pieces that have a commit, in order, unchecked."""
@@ -59,11 +112,30 @@ class RunFolder:
         """What was said of a piece when it was committed."""
         return dict(_read_commit(self.path, name)["info"])
 
-    def commit(self, name: str, files: list[str], **info: Any) -> None:
-        """Say that a piece is finished; its files (paths inside the folder) are whole under their final names."""
-        entries = {file: describe(self.path / file) for file in files}
+    def commit(self, name: str, files: dict[str, dict[str, Any]], **info: Any) -> None:
+        """Say that a piece is finished; its files (paths inside the folder) are whole under their final names.
+
+        files: what else is to be said of each file. Disagreement if somebody has committed the piece with other content.
+        """
+        entries = {file: describe(self.path / file) | said for file, said in files.items()}
         body = {"name": name, "files": entries, "info": info}
-        write_json(self.path / "commits" / f"{name}.json", body | {"self": _self_hash(body)})
+        try:
+            write_json(self.path / "commits" / f"{name}.json", body | {"self": _self_hash(body)}, absent=True)
+        except FileExistsError:
+            self.agree(name, entries)
+        self._claims.release(name)
+
+    def agree(self, name: str, files: dict[str, dict[str, Any]]) -> None:
+        """Disagreement unless a piece that is committed has the same content: rows where the rows' digest is known, otherwise bytes."""
+        theirs = _read_commit(self.path, name)["files"]
+        for file, ours in files.items():
+            key = "rows_digest" if "rows_digest" in ours else "sha256"
+            if theirs.get(file, {}).get(key) != ours[key]:
+                raise Disagreement(
+                    f"{self.path / file}: another process has made this file with other content from the same input. Both ran with settings "
+                    "that must give the same; look for different devices, threads, library versions or machine.teacher_batch_records. Theirs is kept."
+                )
+        self._claims.release(name)
 
     def withdraw(self, name: str) -> None:
         """Take a piece back, the commit first, so that nothing is believed that is half gone."""
@@ -73,6 +145,25 @@ class RunFolder:
         for file in files:
             (self.path / file).unlink(missing_ok=True)
 
+    def quarantine(self, files: Sequence[str]) -> None:
+        """Put files (or folders) out of the way, commits first, where they can still be looked at."""
+        place = self.path / "quarantine" / f"{len(list(self.path.glob('quarantine/*'))):04d}"
+        for file in sorted(files, key=lambda file: not file.startswith("commits/")):
+            if (self.path / file).exists() or (self.path / file).is_symlink():
+                (place / file).parent.mkdir(parents=True, exist_ok=True)
+                (self.path / file).rename(place / file)
+
+    def _clear(self, name: str) -> None:
+        record = self.path / "commits" / f"{name}.json"
+        files = [file.relative_to(self.path).as_posix() for file in self.path.glob(f"[!.]*-{name}.*")]
+        if record.exists():
+            with suppress(DamageError):
+                files += _read_commit(self.path, name)["files"]
+            self.quarantine([f"commits/{record.name}", *dict.fromkeys(files)])
+        else:  # of a writer that was killed before it could commit
+            for file in files:
+                (self.path / file).unlink(missing_ok=True)
+
     def seal(self, stage: str, fingerprint: str, identity: Identity, summary: dict[str, Any], machine: dict[str, Any]) -> None:
         """Write the manifest: the run is finished."""
         files: dict[str, dict[str, Any]] = {}
@@ -81,27 +172,28 @@ class RunFolder:
             files |= {file: entry for file, entry in commit["files"].items() if not file.startswith(SCRATCH)}
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)
-            if file.is_file() and not file.name.startswith((UNFINISHED, LOCK)) and relative.parts[0] not in (*SCRATCH, "commits", "manifest.json", "plan.json"):
+            if file.is_file() and not file.name.startswith(UNFINISHED) and relative.parts[0] not in (*SCRATCH, *OWN):
                 files.setdefault(relative.as_posix(), {})
         files = {file: entry or describe(self.path / file) for file, entry in sorted(files.items())}
         body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity}
-        body |= {"files": files, "summary": summary, "machine": machine}
-        write_json(self.path / "manifest.json", body | {"self": _self_hash(body)})
+        body |= {"files": files, "root": root(fingerprint, files), "summary": summary, "machine": machine}
+        try:
+            write_json(self.path / "manifest.json", body | {"self": _self_hash(body)}, absent=True)
+        except FileExistsError:
+            if read_manifest(self.path)["root"] != body["root"]:
+                raise Disagreement(f"{self.path / 'manifest.json'}: another process has finished this folder with other files. Theirs is kept.") from None
         for name in _commit_names(self.path):
             # what only served to go on after a kill has served
             if all(file.startswith(SCRATCH) for file in _read_commit(self.path, name)["files"]):
                 self.withdraw(name)
 
-    def _stands(self, name: str) -> bool:
-        try:
-            commit = _read_commit(self.path, name)
-        except DamageError:
-            return False
-        return not any(problem(self.path / file, entry) for file, entry in commit["files"].items())
+    def others(self) -> list[str]:
+        """The pieces that other processes are working on, as far as can be told from here."""
+        return self._claims.alive()
 
 
 class FinishedFolder:
-    """A finished run's folder, to read from: each file is checked against the manifest when it is first asked for."""
+    """A finished run's folder, to read from: each file is checked against the manifest when it is first asked for, and again when it has changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,7 +201,8 @@ class FinishedFolder:
         self.fingerprint: str = self.manifest["fingerprint"]
         self.identity: Identity = self.manifest["identity"]
         self.summary: dict[str, Any] = self.manifest["summary"]
-        self._checked: set[str] = set()
+        self.root = root(self.fingerprint, self.manifest["files"])
+        self._checked: dict[str, list[int]] = {}
 
     def check_sizes(self) -> None:
         """DamageError if a file is gone or has another size: what can be seen without reading everything."""
@@ -129,11 +222,15 @@ class FinishedFolder:
         """The file's path, once its bytes are known to be what was written."""
         if name not in self.manifest["files"]:
             raise DamageError(f"{self.path} has no file {name} in its manifest. Run the stage {self.manifest['stage']} again.")
-        if name not in self._checked:
+        try:
+            before = stats(self.path / name)
+        except OSError:
+            before = []
+        if not before or self._checked.get(name) != before:
             wrong = problem(self.path / name, self.manifest["files"][name])
             if wrong:
                 raise DamageError(f"{self.path / name} {wrong}. Run `pipeline verify {self.path} --repair`, then the stage {self.manifest['stage']} again, or copy the file anew.")
-            self._checked.add(name)
+            self._checked[name] = before
         return self.path / name
 
     def folder(self, name: str) -> Path:
@@ -150,6 +247,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamageError(f"{path / 'manifest.json'} is damaged (its own hash does not fit). Copy it anew, or remove it and run the stage again.")
     if manifest["format"] != FORMAT:
         raise DamageError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}. Use the version that wrote it.")
+    if bad := [name for name in manifest["files"] if not PLAIN_NAME.fullmatch(name)]:
+        raise DamageError(f"{path / 'manifest.json'} names a file {bad[0]!r}, which no stage writes. Do not use this folder.")
     return manifest
 
 
@@ -195,40 +294,33 @@ def damage(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def repair(path: Path, found: dict[str, str]) -> None:
-    """Take back every damaged piece, and the manifest, so that the next run of the stage redoes just those.
+    """Put every damaged piece into the quarantine, and the manifest, so that the next run of the stage redoes just those.
 
-    found: file -> problem, for files that are as they were written and yet wrong.
+    found: file -> problem, for files that are as they were written and yet wrong. InputError while somebody writes here.
     """
-    folder = RunFolder(path)  # first: nobody may be writing while pieces are taken back
+    folder = RunFolder(path)
     try:
+        if working := [name for name in folder.others() if name != WHOLE]:
+            raise InputError(f"Another process is writing piece {working[0]} of {path}. Wait until it has finished, or stop it first.")
         wrong, pieces = damage(path)
         wrong |= found
         pieces += [name for name in _commit_names(path) if name not in pieces and found.keys() & _read_commit(path, name)["files"].keys()]
-        if wrong:
-            (path / "manifest.json").unlink(missing_ok=True)
+        away = ["manifest.json"] if wrong else []
         for name in pieces:
-            if f"commits/{name}.json" in wrong:
-                (path / "commits" / f"{name}.json").unlink(missing_ok=True)
-            else:
-                folder.withdraw(name)
-        for file in wrong:
-            (path / file).unlink(missing_ok=True)
-            # a folder inside a result, such as student/, is made as a whole and so is taken back as a whole
-            if "/" in file and not file.startswith("commits/"):
-                shutil.rmtree(path / file.split("/")[0], ignore_errors=True)
+            away.append(f"commits/{name}.json")
+            if f"commits/{name}.json" not in wrong:
+                away += _read_commit(path, name)["files"]
+        # a folder inside a result, such as student/, is made as a whole and so is taken back as a whole
+        away += [file.split("/")[0] if "/" in file and not file.startswith("commits/") else file for file in wrong]
+        folder.quarantine(list(dict.fromkeys(away)))
     finally:
         folder.close()
 
 
-def _locked(path: Path) -> IO[str]:
-    """Held while a process writes, and let go of when it ends, however it ends. Guards against a command given twice by mistake."""
-    file = path.open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"Another process is writing {path.parent}. Wait until it has finished, or stop it first.") from None
-    return file
+def root(fingerprint: str, files: dict[str, dict[str, Any]]) -> str:
+    """One digest for a finished result: of its fingerprint and of each file's name and SHA-256."""
+    lines = [fingerprint, *(f"{entry['sha256']}  {name}" for name, entry in sorted(files.items()))]
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -237,7 +329,9 @@ def describe(file: Path) -> dict[str, Any]:
 
 def problem(file: Path, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file, as the end of a sentence that begins with its name; None if it is what was written."""
-    if not file.is_file() or file.is_symlink():
+    if file.is_symlink() or file.parent.is_symlink():
+        return "is a link: links are not followed here"
+    if not file.is_file():
         return "is missing"
     size = file.stat().st_size
     if size != entry["size"]:

@@ -134,7 +134,7 @@ class Runner:
         given = sections | {"machine": self.experiment.machine, "inputs": inputs}
         wanted = inspect.signature(function).parameters
         assert set(stage.reads) <= set(wanted) <= {*given, "out"}, f"{stage.module}.run must take exactly what the stage declares"
-        out = RunFolder(folder, only_writer=is_main)
+        out = RunFolder(folder, writers="none" if not is_main else "several" if stage.several else "one")
         try:
             self.say(f"{name}: {folder}")
             started = time.monotonic()

@@ -17,6 +17,8 @@ class Stage:
     """Made from finished stages alone, without teacher or raw data: run when a stage that needs it is asked for."""
     parallel: bool = False
     """Started as several processes (accelerate launch), all take part; of another stage only the first does the work."""
+    several: bool = False
+    """Any number of processes, each started by itself, may do its pieces together."""
     same_as: str | None = None
     """The stage whose work and folder this is, with the experiment's settings without the teacher."""
 

@@ -1,0 +1,119 @@
+"""Who works on what, so that several processes, on one machine or on many with a common folder, do not do the same work.
+
+A claim is a small file that its process touches up now and then. Nothing is believed because of a claim: what is finished
+is decided by commits alone, and two that work on the same thing lose time and nothing else.
+"""
+
+import json
+import os
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.files import HOST, is_running, name_if_absent
+
+BEAT = 30.0
+"""Seconds between two signs of life."""
+STALE = 120.0
+"""Seconds without one after which a claim of another machine (or of a stopped process) is taken over."""
+
+
+class Claims:
+    """This process's claims in a folder; all are let go of when the block ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._me = uuid.uuid4().hex
+        self._held: set[str] = set()
+        self._seen: dict[str, tuple[str, float]] = {}
+        """What another's claim said when it last changed, and when that was by our own clock: no two clocks are compared."""
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, daemon=True)
+
+    def take(self, name: str) -> bool:
+        """Claim a thing; False where another has."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            temporary = self._written(0)
+            try:
+                if not name_if_absent(temporary, self._folder / name):
+                    if not self._is_left_behind(name):
+                        return False
+                    os.replace(temporary, self._folder / name)
+                    if self._of(name).get("owner") != self._me:
+                        return False  # somebody else was a moment later
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._held.add(name)
+        return True
+
+    def holds(self, name: str) -> bool:
+        return name in self._held
+
+    def release(self, name: str) -> None:
+        with self._lock:
+            self._held.discard(name)
+            if self._of(name).get("owner") == self._me:
+                (self._folder / name).unlink(missing_ok=True)
+
+    def alive(self) -> list[str]:
+        """The names that other processes hold, as far as can be told from here."""
+        names = [file.name for file in self._folder.glob("[!.]*")]
+        return sorted(name for name in names if name not in self._held and not self._is_left_behind(name))
+
+    def __enter__(self) -> "Claims":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end.set()
+        self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+
+    def _is_left_behind(self, name: str) -> bool:
+        text = self._read(name)
+        try:
+            of = json.loads(text)
+            if of["host"] == HOST and of["process"] != str(os.getpid()) and not is_running(of["process"]):
+                return True
+        except (ValueError, TypeError, KeyError):
+            pass  # not ours to understand; if it stays so, its owner is gone
+        before, since = self._seen.get(name, ("", 0.0))
+        if name not in self._seen or before != text:
+            self._seen[name] = (text, time.monotonic())
+            return False
+        return time.monotonic() - since >= STALE
+
+    def _keep_alive(self) -> None:
+        beats = 0
+        while not self._end.wait(BEAT):
+            beats += 1
+            with self._lock:
+                for name in list(self._held):
+                    with suppress(OSError):
+                        if self._of(name).get("owner") == self._me:
+                            os.replace(self._written(beats), self._folder / name)
+
+    def _of(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._read(name)))
+        except ValueError:
+            return {}
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self._folder / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _written(self, beats: int) -> Path:
+        temporary = self._folder / f".{self._me}"
+        text = json.dumps({"owner": self._me, "host": HOST, "process": str(os.getpid()), "beats": beats})
+        temporary.write_text(text, encoding="ascii")
+        return temporary
