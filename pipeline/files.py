@@ -102,6 +102,8 @@ def is_running(process: str) -> bool:
         return False
     except PermissionError:
         pass
+    with suppress(OSError):  # one that is dead and whose parent has not asked for it yet
+        return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] != "Z"
     return True
 
 
