@@ -165,7 +165,8 @@ class RunFolder:
                 (self.path / file).unlink(missing_ok=True)
 
     def seal(self, stage: str, fingerprint: str, identity: Identity, summary: dict[str, Any], machine: dict[str, Any]) -> None:
-        """Write the manifest: the run is finished."""
+        """Write the manifest: the run is finished. Disagreement if somebody has finished it with other files."""
+        remove_unfinished(self.path)
         files: dict[str, dict[str, Any]] = {}
         for name in _commit_names(self.path):
             commit = _read_commit(self.path, name)
