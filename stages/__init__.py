@@ -6,17 +6,19 @@ STAGES = (
     Stage(
         name="prepare-data",
         module="stages.prepare_data",
-        version=1,
+        version=2,
         reads=("data",),
         help="Datasets to clean records with segments, specialty and split.",
     ),
     Stage(
         name="cache-teacher",
         module="stages.cache_teacher",
-        version=2,
+        version=3,
         reads=("data", "teacher", "targets"),
         needs=("prepare-data",),
         several=True,
+        pieces="pipeline.cache.plan",
+        not_in_pieces=("data.train", "data.heldout", "data.records_per_shard"),
         help="Run the teacher once and keep what it says.",
     ),
     Stage(

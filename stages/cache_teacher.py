@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pipeline.cache.plan import planned_shards
 from pipeline.cache.reader import EXTRAS, read_prepared
 from pipeline.cache.schema import FORMAT, Logits
 from pipeline.cache.writer import Background, Shard, write_vocabulary
@@ -31,8 +32,6 @@ from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
 Asked = tuple[Record, Tokens]
 HEAD = "head.safetensors"
-TAIL_SHARDS = 16
-"""Training shards, evenly spread, over which the tail marginals are summed up: enough for means, and little work."""
 
 
 def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -41,11 +40,9 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     tokenizer = load_tokenizer(source, teacher.revision, data.template, teacher.model)
     vocabulary = tokenizer.vocabulary
     wanted = targets.logits
-    counts = {split: prepared.summary[split] for split in ("train", "heldout")}
-    parts = [(split, group) for split, count in counts.items() for group in range(-(-count // data.records_per_shard))]
-    names = [f"{shard:05d}" for shard in range(len(parts))]
-    with_tail = _spread(sum(split == "train" for split, _ in parts), TAIL_SHARDS) if wanted.method == "head" else []
-    out.plan("shards", len(parts))
+    shards = {shard.name: shard for shard in planned_shards(out.settings, prepared.file, with_tails=wanted.method == "head")}
+    made = out.made_elsewhere()
+    out.plan("shards", len(shards))
     form = Logits.of(
         wanted.method,
         wanted.temperatures,
@@ -58,34 +55,38 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         boundary=wanted.boundary,
     )
     loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out.path))
-    progress = Progress("cache-teacher", total=len(parts), done=len(out.names()), unit="shards")
+    records = prepared.summary["train"] + prepared.summary["heldout"]
+    progress = Progress("cache-teacher", total=len(shards), done=len(out.names()), unit="shards")
 
     with Background() as writing:  # a shard is written while the teacher reads the next one
         started = time.monotonic()
-        for name in out.pieces(names, meanwhile=writing.check):
-            split, group = parts[int(name)]
-            here = read_prepared(prepared.file(f"{split}.parquet"), group)
-            rendered = [fitted for record in here for fitted in _fitted(record, split, tokenizer, data.max_tokens)]
+        for name in out.pieces(list(shards), meanwhile=writing.check):
+            shard = shards[name]
+            if shard.key in made and out.take_over(name, *made[shard.key], shard.renamed):
+                progress.advance(1, out.info(name)["tokens"])
+                continue
+            here = read_prepared(prepared.file(f"{shard.split}.parquet"), shard.group)
+            rendered = [fitted for record in here for fitted in _fitted(record, shard.split, tokenizer, data.max_tokens)]
             asked = [example for example in rendered if example is not None]
             word = loaded()
             rejected: list[dict[str, Any]] = []
             while True:
-                tail = Tail(wanted.temperatures, word.head.vocabulary_size, word.device) if int(name) in with_tail else None
+                tail = Tail(wanted.temperatures, word.head.vocabulary_size, word.device) if shard.tail else None
                 try:
                     said = word.of([tokens for _, tokens in asked], targets, tail, writing.check)
                     break
                 except NumericsError as error:
                     asked = _without(asked, error, rejected)
-                    _check_rejected(rejected + [each for done in out.names() for each in out.info(done)["rejected"]], machine.max_rejected, sum(counts.values()))
+                    _check_rejected(rejected + [each for done in out.names() for each in out.info(done)["rejected"]], machine.max_rejected, records)
             examples = [(record, tokens, targets) for (record, tokens), targets in zip(asked, said, strict=True)]
-            written = Shard(out.path, int(name), examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
-            told = {"split": split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
+            written = Shard(out.path, shard.number, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
+            told = {"key": shard.key, "split": shard.split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
             writing.do(partial(_commit, out, written, told | {"peak_memory_mb": word.memory.megabytes(), "numerics": word.numerics}, progress))
             started = time.monotonic()  # what waits for the writer counts for the next shard
     if wanted.hidden and not (out.path / HEAD).exists():
         loaded()
 
-    committed = [out.info(name) for name in names]
+    committed = [out.info(name) for name in shards]
     write_vocabulary(out.path / "vocabulary.parquet", vocabulary)
     with appears_whole(out.path / "tokenizer") as folder:
         tokenizer.tokenizer.save_pretrained(folder)
@@ -102,7 +103,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "vocabulary": vocabulary.digest(),
         "rendering": tokenizer.digest(),
         "end_ids": list(vocabulary.end_ids),
-        "tail_shards": with_tail,
+        "tail_shards": [shard.number for shard in shards.values() if shard.tail],
         "specialties": _specialties(committed),
         "rejected": [each for shard in committed for each in shard["rejected"]],
         "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions", "groups")} for shard in committed],
@@ -203,11 +204,6 @@ def _commit(out: RunFolder, written: Shard, told: dict[str, Any], progress: Prog
     except FileExistsError:  # another process was faster
         out.agree(name, written.digests())
     progress.advance(1, tokens)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most so many of the first `count` numbers, evenly spread."""
-    return sorted({i * count // min(count, most) for i in range(min(count, most))})
 
 
 def _specialties(shards: list[dict[str, Any]]) -> dict[str, int]:

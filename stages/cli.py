@@ -130,6 +130,8 @@ def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[
         click.echo(f"{row['stage']:<16} {row['state']:<24} {row['folder']}")
         if row["nearest"]:
             click.echo(f"{'':<16} nearest: {row['nearest']['folder']}, differs in {', '.join(row['nearest']['differs'])}")
+        if row.get("reusable", {}).get("made"):
+            click.echo(f"{'':<16} {row['reusable']['made']} of {row['reusable']['of']} pieces are there already")
 
 
 @main.command()

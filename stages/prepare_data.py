@@ -7,10 +7,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from pipeline.cache.plan import GROUPS
 from pipeline.cache.writer import write_prepared
 from pipeline.config import Data, Dataset
 from pipeline.datasets._rows import record_of_row
 from pipeline.errors import InputError
+from pipeline.files import write_json
 from pipeline.lookup import find
 from pipeline.running.folder import RunFolder
 from pipeline.signals.records import Record
@@ -36,8 +38,9 @@ def run(data: Data, out: RunFolder) -> dict[str, Any]:
         raise InputError("No training record is left. Look at data.train (limit, skip) and data.heldout.fraction.")
     if not heldout:
         raise InputError("No record is held out, and evaluate needs some. Give data.heldout a larger fraction, or datasets of its own.")
-    for split, records in (("train", train), ("heldout", heldout)):
-        write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records], data.records_per_shard)
+    splits = {"train": train, "heldout": heldout}
+    digests = {split: write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records], data.records_per_shard) for split, records in splits.items()}
+    write_json(out.path / GROUPS, digests)
     specialties = Counter(record.specialty or "none" for record in train)
     return {"train": len(train), "heldout": len(heldout), "dropped": dict(sorted(dropped.items())), "specialties": dict(specialties.most_common())}
 

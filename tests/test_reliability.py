@@ -315,6 +315,73 @@ def test_two_processes_fill_one_cache_and_a_third_that_is_killed_does_not_matter
     assert not list((folder / "claims").iterdir())
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The teacher's calls from now on."""
+    real, calls = stages.cache_teacher.said_of, []
+    monkeypatch.setattr(stages.cache_teacher, "said_of", lambda *arguments, **options: calls.append(1) or real(*arguments, **options))
+    return calls
+
+
+def test_appended_data_costs_the_new_shards_only_and_a_changed_record_its_own(own: Place, monkeypatch: pytest.MonkeyPatch):
+    train = own.path / "tiny" / "train.jsonl"
+    lines = train.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (own.path / "heldout.jsonl").write_text("\n".join(lines[-8:]) + "\n")
+    train.write_text("\n".join(lines[:32]) + "\n")
+    options = ["--set", "data.heldout=[{dataset: jsonl, path: heldout.jsonl}]", "--set", "data.records_per_shard=4"]
+    own.pipeline("prepare-data", CONFIG, *options)
+    calls = counted(monkeypatch)
+    first = own.json("cache-teacher", CONFIG, *options)
+    assert len(calls) == 10
+
+    train.write_text("\n".join(lines[:37]) + "\n")
+    own.pipeline("prepare-data", CONFIG, *options)
+    row = own.json("status", CONFIG, *options)["stages"][1]
+    assert row["reusable"] == {"of": 12, "made": 10}
+    assert "10 of 12 pieces are there already" in own.pipeline("status", CONFIG, *options)
+    calls.clear()
+    second = own.json("cache-teacher", CONFIG, *options)
+    assert len(calls) == 2
+
+    changed = [json.dumps(row | ({"answer": row["answer"] + " Indeed."} if i == 6 else {})) for i, row in enumerate(rows[:37])]
+    train.write_text("\n".join(changed) + "\n")
+    own.pipeline("prepare-data", CONFIG, *options)
+    calls.clear()
+    third = own.json("cache-teacher", CONFIG, *options)
+    assert len(calls) == 1
+
+    own.pipeline("--runs", "straight", "prepare-data", CONFIG, *options)
+    calls.clear()
+    straight = own.json("--runs", "straight", "cache-teacher", CONFIG, *options)
+    assert len(calls) == 12
+    same_files(own.path / third["folder"], own.path / straight["folder"])
+    assert len({report["fingerprint"] for report in (first, second, third)}) == 3
+
+    # with other targets no shard is the same; what is damaged is not taken over
+    assert own.json("status", CONFIG, *options, "--set", "targets.logits.keep=8")["stages"][1]["reusable"]["made"] == 0
+    file = own.path / third["folder"] / "logits-00000.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    shutil.rmtree(own.path / first["folder"])
+    shutil.rmtree(own.path / second["folder"])
+    file.write_bytes(data)
+    train.write_text("\n".join([*changed, json.dumps(rows[37])]) + "\n")
+    own.pipeline("prepare-data", CONFIG, *options)
+    calls.clear()
+    own.pipeline("cache-teacher", CONFIG, *options)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 33, 100, 1000])
+def test_the_shards_with_a_tail_are_few_spread_and_stay_when_data_is_appended(count: int):
+    from pipeline.cache.plan import TAIL_SHARDS, tails
+
+    chosen = tails(count)
+    assert (8 if count > TAIL_SHARDS else count) <= len(chosen) <= TAIL_SHARDS
+    for more in range(count, 2 * count):
+        assert {number for number in tails(more) if number < count} <= chosen
+
+
 def told_to_stop(place: Place, *words: str) -> Path:
     """Start `pipeline`, send SIGTERM after its first commit, and give the folder of the stage."""
     process = place.start(*words)

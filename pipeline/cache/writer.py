@@ -23,10 +23,12 @@ from pipeline.signals.targets import Targets
 from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
 
-def write_prepared(path: Path, records: list[Record], per_group: int) -> None:
-    """per_group: records of each row group."""
-    cut = [len(records[a : a + per_group]) for a in range(0, len(records), per_group)]
-    _write(path, pa.Table.from_pylist([_row(record, keep_text=True) for record in records], PREPARED), {}, cut)
+def write_prepared(path: Path, records: list[Record], per_group: int) -> list[str]:
+    """The digests of the row groups. per_group: records of each."""
+    table = pa.Table.from_pylist([_row(record, keep_text=True) for record in records], PREPARED)
+    groups = [table.slice(first, per_group) for first in range(0, len(table), per_group)]
+    _write(path, table, {}, [len(group) for group in groups])
+    return [rows_digest(group) for group in groups]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ def fingerprint(identity: Identity) -> str:
     return hashlib.sha256(canonical(hashed).encode()).hexdigest()[:16]
 
 
+def settings_digest(identity: Identity, without: tuple[str, ...]) -> str:
+    """Over the stage, its version and its own settings; without those named (as section.key), and without what it is built on."""
+    sections = {name: {key: part for key, part in _content_only(section).items() if f"{name}.{key}" not in without} for name, section in identity["sections"].items()}
+    return hashlib.sha256(canonical({"stage": identity["stage"], "version": identity["version"], "sections": sections}).encode()).hexdigest()
+
+
 def named(name: str, content: str) -> dict[str, str]:
     """How a file or model stands in an identity."""
     return {"named": name, "content": content}

@@ -12,7 +12,9 @@ write into one folder: of a piece's files, its commit and the manifest the first
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamageError, Disagreement, InputError
-from pipeline.files import UNFINISHED, make_folder, read_json, remove_unfinished, sha256_of, stats, write_json
+from pipeline.files import UNFINISHED, appears_whole, make_folder, read_json, remove_unfinished, sha256_of, stats, write_json
 from pipeline.running.claims import Claims
 from pipeline.running.fingerprint import Identity
 
@@ -41,10 +43,12 @@ class RunFolder:
     """A folder that a stage writes its result into; claims are let go of by `close`.
 
     writers: one (InputError if there is another), several, or none (a process that only takes part in the computation).
+    settings: the digest of what the stage's pieces are made with, other than their input.
     """
 
-    def __init__(self, path: Path, writers: str = "one") -> None:
+    def __init__(self, path: Path, writers: str = "one", settings: str = "") -> None:
         self.path = path
+        self.settings = settings
         make_folder(path / "commits")
         self._claims = Claims(path / "claims").__enter__()
         if writers == "one" and not self._claims.take(WHOLE):
@@ -88,6 +92,28 @@ class RunFolder:
                 return
             meanwhile()
             time.sleep(POLL)
+
+    def made_elsewhere(self) -> dict[str, tuple[Path, str]]:
+        """By its key (`info["key"]`), where each piece lies that another run of this stage has made: folder and name."""
+        return {key: place for key, place in pieces_by_key(self.path.parent).items() if place[0] != self.path}
+
+    def take_over(self, name: str, folder: Path, theirs: str, renamed: Callable[[list[str]], dict[str, str]]) -> bool:
+        """Make a piece out of an equal one of another run; False if that is damaged or lacks a file.
+
+        renamed: of the names of its files -> those that are wanted, and their names here; none if one is lacking.
+        """
+        commit = _read_commit(folder, theirs)
+        files = renamed(list(commit["files"]))
+        if not files or any(problem(folder / file, commit["files"][file]) for file in files):
+            return False
+        for file, here in files.items():
+            with appears_whole(self.path / here, absent=True) as temporary:
+                try:
+                    os.link(folder / file, temporary)
+                except OSError:
+                    shutil.copyfile(folder / file, temporary)
+        self.commit(name, {here: {key: value for key, value in commit["files"][file].items() if key not in ("size", "sha256")} for file, here in files.items()}, **commit["info"])
+        return True
 
     def committed(self) -> list[str]:
         """The names of all pieces whose files are what their commit says, in order; the others go to the quarantine."""
@@ -251,6 +277,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if bad := [name for name in manifest["files"] if not PLAIN_NAME.fullmatch(name)]:
         raise DamageError(f"{path / 'manifest.json'} names a file {bad[0]!r}, which no stage writes. Do not use this folder.")
     return manifest
+
+
+def pieces_by_key(stage: Path) -> dict[str, tuple[Path, str]]:
+    """Of all runs of a stage, begun or finished: key -> folder and name of a committed piece."""
+    found: dict[str, tuple[Path, str]] = {}
+    for record in sorted(stage.glob("*/commits/[!.]*.json")):
+        with suppress(DamageError, KeyError, FileNotFoundError):
+            found[_read_commit(record.parent.parent, record.stem)["info"]["key"]] = (record.parent.parent, record.stem)
+    return found
 
 
 def progress(path: Path) -> dict[str, Any] | None:

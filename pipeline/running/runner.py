@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.config import Experiment
 from pipeline.errors import DamageError, InputError, NotFinished, PipelineError
 from pipeline.running.contents import Contents, model_folder
-from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named
-from pipeline.running.folder import FinishedFolder, RunFolder, progress, read_manifest
+from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named, settings_digest
+from pipeline.running.folder import FinishedFolder, RunFolder, pieces_by_key, progress, read_manifest
 from pipeline.running.stage import Stage
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "accelerate", "pyarrow", "numpy")
@@ -134,7 +134,7 @@ class Runner:
         given = sections | {"machine": self.experiment.machine, "inputs": inputs}
         wanted = inspect.signature(function).parameters
         assert set(stage.reads) <= set(wanted) <= {*given, "out"}, f"{stage.module}.run must take exactly what the stage declares"
-        out = RunFolder(folder, writers="none" if not is_main else "several" if stage.several else "one")
+        out = RunFolder(folder, writers="none" if not is_main else "several" if stage.several else "one", settings=self._settings_digest(stage))
         try:
             self.say(f"{name}: {folder}")
             started = time.monotonic()
@@ -163,7 +163,10 @@ class Runner:
                 state = f"begun {begun['done']} of {begun['total']} {begun['unit']}"
             else:
                 state = "missing"
-            rows.append({"stage": stage.name, "state": state, "folder": str(folder), "nearest": None if state == "done" else self._nearest(stage)})
+            row = {"stage": stage.name, "state": state, "folder": str(folder), "nearest": None if state == "done" else self._nearest(stage)}
+            if state != "done" and stage.pieces and all(self.is_finished(need) for need in self.needs(stage)):
+                row["reusable"] = self._reusable(stage)
+            rows.append(row)
         return rows
 
     # --- inside ---
@@ -205,6 +208,16 @@ class Runner:
             return None
         _, folder, differs = min(found)
         return {"folder": folder, "differs": differs}
+
+    def _reusable(self, stage: Stage) -> dict[str, int]:
+        """How many pieces there are, and how many of them some run has made already."""
+        inputs = {need.name: FinishedFolder(self.folder(need)) for need in self.needs(stage)}
+        wanted = importlib.import_module(str(stage.pieces)).keys(self._settings_digest(stage), lambda need, name: inputs[need].file(name))
+        made = pieces_by_key(self.runs / stage.folder)
+        return {"of": len(wanted), "made": sum(key in made for key in wanted)}
+
+    def _settings_digest(self, stage: Stage) -> str:
+        return settings_digest(self.identity(stage), stage.not_in_pieces)
 
     def _hint(self, stage: Stage) -> str:
         nearest = self._nearest(stage)

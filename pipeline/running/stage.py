@@ -19,6 +19,10 @@ class Stage:
     """Started as several processes (accelerate launch), all take part; of another stage only the first does the work."""
     several: bool = False
     """Any number of processes, each started by itself, may do its pieces together."""
+    pieces: str | None = None
+    """A module whose `keys` says what each piece is made from, so that pieces of other runs can be taken over."""
+    not_in_pieces: tuple[str, ...] = ()
+    """Settings that say which input there is and how it is cut: no piece depends on them other than through its own input."""
     same_as: str | None = None
     """The stage whose work and folder this is, with the experiment's settings without the teacher."""
 
