@@ -8,23 +8,26 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.cache.plan import planned_shards
-from pipeline.cache.reader import EXTRAS, read_prepared
+from pipeline.cache.reader import EXTRAS, Cache, read_prepared
 from pipeline.cache.schema import FORMAT, Logits
 from pipeline.cache.writer import Background, Shard, write_vocabulary
 from pipeline.config import Data, Machine, Targets, Teacher
 from pipeline.config import Logits as LogitsSettings
 from pipeline.errors import InputError, NumericsError
-from pipeline.files import appears_whole, write_json
+from pipeline.files import appears_whole, read_json, write_json
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher
 from pipeline.models.memory import PeakMemory
 from pipeline.models.teacher import Question, Tail, said_of
 from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
 from pipeline.reporting.progress import Progress
-from pipeline.running.folder import RunFolder
+from pipeline.running.contents import Contents
+from pipeline.running.fingerprint import with_names
+from pipeline.running.folder import FinishedFolder, RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.targets import Targets as Word
@@ -32,6 +35,8 @@ from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
 Asked = tuple[Record, Tokens]
 HEAD = "head.safetensors"
+SAME_WORD = 0.1
+"""Nats by which the log-probability of what follows may be off on the average, when a teacher is asked again elsewhere."""
 
 
 def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -43,17 +48,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     shards = {shard.name: shard for shard in planned_shards(out.settings, prepared.file, with_tails=wanted.method == "head")}
     made = out.made_elsewhere()
     out.plan("shards", len(shards))
-    form = Logits.of(
-        wanted.method,
-        wanted.temperatures,
-        wanted.step,
-        wanted.threshold,
-        wanted.least,
-        wanted.keep,
-        len(vocabulary),
-        logsumexp=wanted.logsumexp,
-        boundary=wanted.boundary,
-    )
+    form = _form(wanted, len(vocabulary))
     loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out.path))
     records = prepared.summary["train"] + prepared.summary["heldout"]
     progress = Progress("cache-teacher", total=len(shards), done=len(out.names()), unit="shards")
@@ -106,7 +101,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "tail_shards": [shard.number for shard in shards.values() if shard.tail],
         "specialties": _specialties(committed),
         "rejected": [each for shard in committed for each in shard["rejected"]],
-        "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions", "groups")} for shard in committed],
+        "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions", "groups", "numerics")} for shard in committed],
     }
     write_json(out.path / "cache.json", about)
     return _summary(committed)
@@ -154,12 +149,12 @@ class _Loaded:
         raise AssertionError
 
 
-def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary, folder: Path) -> _Loaded:
+def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary, folder: Path | None) -> _Loaded:
     device = device_named(machine.device)
     memory = PeakMemory(device)
     model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
     head = row_logits(model, teacher.model, rows_that_are_tokens(model, teacher.model, vocabulary))
-    if wanted.hidden and not (folder / HEAD).exists():
+    if wanted.hidden and folder and not (folder / HEAD).exists():
         with appears_whole(folder / HEAD) as temporary:
             head.keep_head(temporary)
     question = Question(
@@ -229,3 +224,48 @@ def _summary(shards: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_memory_mb": round(max((shard["peak_memory_mb"] for shard in shards), default=0.0), 1),
         "mixed_numerics": len({str(shard["numerics"]) for shard in shards}) > 1,
     }
+
+
+def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
+    """Ask the teacher again about some shards of a finished cache: logits file -> what is wrong, where it says something else.
+
+    With the device, types, batch size and threads of then every bit must be the same; otherwise SAME_WORD nats are allowed.
+    """
+    finished = FinishedFolder(folder)
+    reader = Cache(finished.file, tuple(extra for extra in EXTRAS if extra in read_json(finished.file("cache.json"))["extras"]))
+    sections = with_names(finished.identity["sections"])
+    teacher, targets = Teacher.model_validate(sections["teacher"]), Targets.model_validate(sections["targets"])
+    machine = Machine.model_validate(finished.manifest["machine"]["settings"])
+    content = Contents(runs).of_model(teacher.model, teacher.revision)
+    if content != finished.identity["sections"]["teacher"]["model"]["content"]:
+        raise InputError(f"The teacher at {teacher.model} is not the one that {folder} was made with, so it cannot be asked again. Put that one there.")
+    vocabulary = reader.vocabulary()
+    word = _loaded(Inputs({}, runs).model(teacher.model, teacher.revision), teacher, targets.logits, machine, vocabulary, None)
+    form = _form(targets.logits, len(vocabulary))
+    wrong: dict[str, str] = {}
+    for shard in np.random.default_rng(int(finished.root[-8:], 16)).permutation(len(reader.about["shards"]))[:count].tolist():
+        name = f"logits-{shard:05d}.parquet"
+        examples = list(reader.of_shard(shard))
+        said = word.of([example.tokens for example in examples], targets, None, lambda: None)
+        again = Shard(folder, shard, [(example.record, example.tokens, targets) for example, targets in zip(examples, said, strict=True)], form, True)
+        if again.digests()[name] == {key: finished.manifest["files"][name].get(key) for key in ("rows", "rows_digest")}:
+            continue
+        then = reader.about["shards"][shard].get("numerics")
+        off = np.concatenate([np.abs(example.targets.realised_logprob - targets.realised_logprob) for example, targets in zip(examples, said, strict=True)])
+        if then == word.numerics or not off.mean() <= SAME_WORD:
+            wrong[name] = f"is not what the teacher says now: what follows is off by {off.mean():.3g} nats on the average, {off.max():.3g} at most"
+    return wrong
+
+
+def _form(wanted: LogitsSettings, vocabulary_size: int) -> Logits:
+    return Logits.of(
+        wanted.method,
+        wanted.temperatures,
+        wanted.step,
+        wanted.threshold,
+        wanted.least,
+        wanted.keep,
+        vocabulary_size,
+        logsumexp=wanted.logsumexp,
+        boundary=wanted.boundary,
+    )

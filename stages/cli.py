@@ -14,7 +14,7 @@ import click
 
 from pipeline.config import load_experiment
 from pipeline.errors import InputError, PipelineError
-from pipeline.running.folder import FinishedFolder, damage, progress, repair
+from pipeline.running.folder import FinishedFolder, findings, progress, repair
 from pipeline.running.runner import Runner
 from pipeline.running.stopping import stops_when_asked
 from stages import STAGES
@@ -65,6 +65,7 @@ def _experiment_options(command: Any) -> Any:
     for decorate in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there."),
         click.option("--use", "given", multiple=True, metavar="STAGE=FOLDER", help="Take this finished folder for a stage."),
+        click.option("--expect", "roots", multiple=True, metavar="ROOT", help="The root (sha256:...) of the folder given with --use, as `pipeline verify` prints it."),
         click.option("--set", "changes", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of the YAML."),
         click.argument("experiment", type=click.Path(path_type=Path)),
     ):
@@ -72,7 +73,7 @@ def _experiment_options(command: Any) -> Any:
     return click.pass_obj(command)
 
 
-def _runner(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...]) -> Runner:
+def _runner(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], roots: tuple[str, ...]) -> Runner:
     folders = {}
     for entry in given:
         stage, equals, folder = entry.partition("=")
@@ -82,14 +83,14 @@ def _runner(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
     loaded = load_experiment(experiment, list(changes))
     if "cache-teacher" not in folders:
         loaded.check_cache_suffices()
-    return Runner(STAGES, loaded, runs, folders, say=lambda text: click.echo(text, err=True))
+    return Runner(STAGES, loaded, runs, folders, roots, say=lambda text: click.echo(text, err=True))
 
 
 def _add_stage_command(name: str, text: str) -> None:
     @main.command(name, help=text)
     @_experiment_options
-    def command(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
-        runner = _runner(runs, experiment, changes, given)
+    def command(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], roots: tuple[str, ...], as_json: bool) -> None:
+        runner = _runner(runs, experiment, changes, given, roots)
         with stops_when_asked():
             report = runner.run(name)
         _publish(runner, report)
@@ -102,9 +103,9 @@ for _stage in STAGES:
 
 @main.command("run")
 @_experiment_options
-def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
+def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], roots: tuple[str, ...], as_json: bool) -> None:
     """Every stage that is not finished, in order."""
-    runner = _runner(runs, experiment, changes, given)
+    runner = _runner(runs, experiment, changes, given, roots)
     reports = []
     with stops_when_asked():
         for stage in runner.planned():
@@ -120,9 +121,9 @@ def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
 
 @main.command()
 @_experiment_options
-def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], as_json: bool) -> None:
+def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], roots: tuple[str, ...], as_json: bool) -> None:
     """Which stages are finished, begun or missing, and what differs from the nearest finished one."""
-    rows = _runner(runs, experiment, changes, given).status()
+    rows = _runner(runs, experiment, changes, given, roots).status()
     if as_json:
         click.echo(json.dumps({"stages": rows}))
         return
@@ -136,25 +137,51 @@ def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--repair", "mend", is_flag=True, help="Remove what is damaged, so that a rerun of the stage redoes only that.")
+@click.option("--fast", is_flag=True, help="Look at commits, manifest and sizes only.")
+@click.option("--deep", is_flag=True, help="Also compute the digest of each file's rows again.")
+@click.option("--recompute", type=click.IntRange(min=1), metavar="N", help="Also ask the teacher again, about N shards of a cache.")
+@click.option("--expect", metavar="ROOT", help="The root (sha256:...) that the folder must have.")
+@click.option("--repair", "mend", is_flag=True, help="Put what is damaged into the quarantine, so that a rerun of the stage redoes only that.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
-def verify(folder: Path, mend: bool, as_json: bool) -> None:
-    """Hash and decode everything in a run's folder again, and name every damaged file."""
+@click.pass_obj
+def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | None, expect: str | None, mend: bool, as_json: bool) -> None:
+    """Hash and decode everything in a run's folder again, and name every damaged file.
+
+    Exit status: the sum of 1 (damaged), 2 (untrusted: not listed, or not what was expected), 4 (could not be read) and 8 (made
+    with mixed numerics: different devices, batch sizes or threads).
+    """
     if not (folder / "manifest.json").exists() and progress(folder) is None:
         raise InputError(f"{folder} is no run's folder: it has no manifest.json and no plan.json.")
-    wrong, _ = damage(folder)
-    if not wrong and (folder / "manifest.json").exists():
-        wrong = importlib.import_module("pipeline.reporting.inspection").undecodable(folder)
+    if fast and (deep or recompute):
+        raise InputError("--fast looks at no file's bytes: leave it out, or leave out --deep and --recompute.")
+    found = findings(folder, fast, expect)
+    finished = (folder / "manifest.json").exists()
+    if recompute and not finished:
+        raise InputError(f"{folder} has not finished, so there is nothing to compare with: leave out --recompute.")
+    if not found.damaged and not found.unchecked and finished and not fast:
+        inspection = importlib.import_module("pipeline.reporting.inspection")
+        found.damaged |= inspection.undecodable(folder)
+        if deep and not found.damaged:
+            found.damaged |= inspection.other_rows(folder)
+        if recompute and not found.damaged:
+            found.damaged |= importlib.import_module("stages.cache_teacher").recomputed(folder, recompute, runs)
     if mend:
-        repair(folder, wrong)
+        repair(folder, found.damaged)
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "damaged": wrong, "repaired": mend and bool(wrong)}))
+        told = {"damaged": found.damaged, "untrusted": found.untrusted, "unchecked": found.unchecked, "mixed_numerics": found.mixed}
+        click.echo(json.dumps({"folder": str(folder), **told, "repaired": mend and bool(found.damaged)}))
     else:
-        for file, text in wrong.items():
+        for file, text in [*found.damaged.items(), *found.untrusted.items(), *found.unchecked.items()]:
             click.echo(f"{folder / file} {text}" if not text.startswith(str(folder)) else text)
-        click.echo("Everything is as it was written." if not wrong else f"{len(wrong)} damaged. " + ("Removed; run the stage again." if mend else "--repair removes them."))
-    if wrong:
-        raise click.exceptions.Exit(1)
+        if found.mixed:
+            click.echo("Its pieces were made on different devices, batch sizes or thread counts: the last bits of their numbers depend on that.")
+        away = "They are in the quarantine; run the stage again." if mend else "--repair puts them out of the way."
+        fine = "Nothing is missing or of another size." if fast else "Everything is as it was written." if not found.exit_status else "Nothing is damaged."
+        click.echo(f"{len(found.damaged)} damaged. {away}" if found.damaged else fine)
+        if finished and not found.damaged:
+            click.echo(FinishedFolder(folder).root)
+    if found.exit_status:
+        raise click.exceptions.Exit(found.exit_status)
 
 
 @main.command()

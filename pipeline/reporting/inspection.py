@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
+from pipeline.cache.digest import rows_digest
 from pipeline.cache.reader import Cache, Decoded, Example, decode, read_table, record_of
 from pipeline.cache.schema import PREPARED, RANKS, RECORDS, SHARD_FILES, Logits, hidden_schema, rest_column, tail_schema
 from pipeline.errors import DamageError, InputError
@@ -269,6 +270,18 @@ def undecodable(folder: Path) -> dict[str, str]:
                     wrong.setdefault(name, problem)
             except DamageError as error:
                 wrong.setdefault(shard.at_hand, str(error))
+    return wrong
+
+
+def other_rows(folder: Path) -> dict[str, str]:
+    """File -> what is wrong with it, for files whose rows are not those of the digest that was written with them."""
+    finished = FinishedFolder(folder)
+    wrong = {}
+    for name, entry in finished.manifest["files"].items():
+        if "rows_digest" in entry:
+            table = pq.read_table(finished.file(name), page_checksum_verification=True)
+            if (len(table), rows_digest(table)) != (entry["rows"], entry["rows_digest"]):
+                wrong[name] = "does not have the rows that its digest is of"
     return wrong
 
 

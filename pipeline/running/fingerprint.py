@@ -59,6 +59,15 @@ def differing_keys(one: Identity, other: Identity) -> list[str]:
     return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
 
 
+def with_names(value: Any) -> Any:
+    """The sections of an identity as the experiment had them: names of files and models without their content."""
+    if _is_named(value):
+        return value["named"]
+    if isinstance(value, dict):
+        return {key: with_names(part) for key, part in value.items()}
+    return [with_names(part) for part in value] if isinstance(value, list) else value
+
+
 def _is_named(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {"named", "content"}
 

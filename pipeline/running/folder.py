@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class RunFolder:
             commit = _read_commit(self.path, name)
         except DamageError:
             return False
-        return not any(problem(self.path / file, entry) for file, entry in commit["files"].items())
+        return commit["name"] == name and not any(problem(self.path / file, entry) for file, entry in commit["files"].items())
 
     def names(self) -> list[str]:
         """The names of all pieces that have a commit, in order, unchecked."""
@@ -302,31 +303,79 @@ def progress(path: Path) -> dict[str, Any] | None:
     return {"done": done, "total": total, "unit": unit}
 
 
-def damage(path: Path) -> tuple[dict[str, str], list[str]]:
-    """What is wrong in a run's folder: file -> problem, and the names of the pieces that are hit."""
-    wrong: dict[str, str] = {}
-    pieces: list[str] = []
-    listed: dict[str, dict[str, Any]] = {}
-    if (path / "manifest.json").exists():
+@dataclass
+class Findings:
+    """What a look at a run's folder found: file -> problem, as the end of a sentence that begins with its name."""
+
+    damaged: dict[str, str] = field(default_factory=dict)
+    untrusted: dict[str, str] = field(default_factory=dict)
+    """Not damaged, but nothing that the stage has vouched for, or not what was expected."""
+    unchecked: dict[str, str] = field(default_factory=dict)
+    """Could not be read."""
+    mixed: bool = False
+    """Pieces were made on different devices, batch sizes or thread counts."""
+    pieces: list[str] = field(default_factory=list)
+    """The names of the pieces that are damaged."""
+
+    @property
+    def exit_status(self) -> int:
+        return sum(bit for bit, found in ((1, self.damaged), (2, self.untrusted), (4, self.unchecked), (8, self.mixed)) if found)
+
+    def look(self, path: Path, name: str, entry: dict[str, Any], fast: bool) -> bool:
+        """Whether a file is what its entry says."""
         try:
-            listed |= read_manifest(path)["files"]
+            text = problem(path / name, entry, fast)
+        except OSError as error:
+            self.unchecked[name] = f"cannot be read: {error.strerror}"
+            return True
+        if text:
+            self.damaged[name] = text
+        return not text
+
+
+def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findings:
+    """fast: look at commits, manifest and sizes only, not at the files' bytes. expect: the root that the folder should have."""
+    found = Findings()
+    listed: dict[str, dict[str, Any]] = {}
+    finished = (path / "manifest.json").exists()
+    if finished:
+        try:
+            manifest = read_manifest(path)
+            listed |= manifest["files"]
+            found.mixed = bool(manifest["summary"].get("mixed_numerics"))
+            if expect and (is_so := root(manifest["fingerprint"], listed)) != expect:
+                found.untrusted["manifest.json"] = f"has the root {is_so}, and {expect} was expected"
         except DamageError as error:
-            wrong["manifest.json"] = str(error)
+            found.damaged["manifest.json"] = str(error)
+    elif expect:
+        found.untrusted["manifest.json"] = "is missing, so the folder has no root yet"
+    known = set(listed)
     for name in _commit_names(path):
         try:
             commit = _read_commit(path, name)
         except DamageError as error:
-            wrong[f"commits/{name}.json"] = str(error)
-            pieces.append(name)
+            found.damaged[f"commits/{name}.json"] = str(error)
+            found.pieces.append(name)
             continue
-        found = {file: text for file, entry in commit["files"].items() if (text := problem(path / file, entry))}
-        if found:
-            wrong |= found
-            pieces.append(name)
+        if commit["name"] != name:
+            found.damaged[f"commits/{name}.json"] = f"is the commit of {commit['name']}"
+            found.pieces.append(name)
+            continue
+        right = [found.look(path, file, entry, fast) for file, entry in commit["files"].items()]
+        if not all(right):
+            found.pieces.append(name)
+        if contradicting := [file for file, entry in commit["files"].items() if file in listed and listed[file]["sha256"] != entry["sha256"]]:
+            found.untrusted[f"commits/{name}.json"] = f"says something else of {contradicting[0]} than manifest.json"
+        known |= commit["files"].keys()
         for file in commit["files"]:
             listed.pop(file, None)
-    wrong |= {file: text for file, entry in listed.items() if (text := problem(path / file, entry))}
-    return wrong, pieces
+    for file, entry in listed.items():
+        found.look(path, file, entry, fast)
+    for file in sorted(path.rglob("*")) if finished and "manifest.json" not in found.damaged else []:
+        name = file.relative_to(path).as_posix()
+        if not file.is_dir() and name not in known and name.split("/")[0] not in (*SCRATCH, *OWN) and not file.name.startswith(UNFINISHED):
+            found.untrusted[name] = "is not listed in manifest.json"
+    return found
 
 
 def repair(path: Path, found: dict[str, str]) -> None:
@@ -338,8 +387,8 @@ def repair(path: Path, found: dict[str, str]) -> None:
     try:
         if working := [name for name in folder.others() if name != WHOLE]:
             raise InputError(f"Another process is writing piece {working[0]} of {path}. Wait until it has finished, or stop it first.")
-        wrong, pieces = damage(path)
-        wrong |= found
+        seen = findings(path)
+        wrong, pieces = seen.damaged | found, seen.pieces
         pieces += [name for name in _commit_names(path) if name not in pieces and found.keys() & _read_commit(path, name)["files"].keys()]
         away = ["manifest.json"] if wrong else []
         for name in pieces:
@@ -363,8 +412,8 @@ def describe(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def problem(file: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file, as the end of a sentence that begins with its name; None if it is what was written."""
+def problem(file: Path, entry: dict[str, Any], fast: bool = False) -> str | None:
+    """What is wrong with a file, as the end of a sentence that begins with its name; None if it is what was written. fast: by its size."""
     if file.is_symlink() or file.parent.is_symlink():
         return "is a link: links are not followed here"
     if not file.is_file():
@@ -372,7 +421,7 @@ def problem(file: Path, entry: dict[str, Any]) -> str | None:
     size = file.stat().st_size
     if size != entry["size"]:
         return f"is damaged: it has {size} bytes, {entry['size']} were written"
-    return None if sha256_of(file) == entry["sha256"] else "is damaged: its SHA-256 is not the one that was written"
+    return None if fast or sha256_of(file) == entry["sha256"] else "is damaged: its SHA-256 is not the one that was written"
 
 
 def _commit_names(path: Path) -> list[str]:

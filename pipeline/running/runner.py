@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Experiment
-from pipeline.errors import DamageError, InputError, NotFinished, PipelineError
+from pipeline.errors import DamageError, InputError, Mismatch, NotFinished, PipelineError
 from pipeline.running.contents import Contents, model_folder
 from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named, settings_digest
 from pipeline.running.folder import FinishedFolder, RunFolder, pieces_by_key, progress, read_manifest
@@ -51,6 +51,8 @@ class Runner:
     runs: Path
     given: dict[str, Path] = field(default_factory=dict)
     """--use STAGE=FOLDER: finished folders taken as they are."""
+    roots: tuple[str, ...] = ()
+    """--expect ROOT: each must be the root of one of these folders."""
     say: Callable[[str], None] = lambda text: None
     _identities: dict[str, Identity] = field(default_factory=dict)
 
@@ -69,6 +71,11 @@ class Runner:
             if manifest["stage"] != self._by_name[name].folder:
                 raise InputError(f"--use {name}={folder}: that is a folder of the stage {manifest['stage']}.")
             self._identities[name] = manifest["identity"]
+        found = {str(folder): FinishedFolder(folder).root for folder in self.given.values()}
+        for expected in self.roots:
+            if expected not in found.values():
+                there = ", ".join(f"{folder} has {root}" for folder, root in found.items()) or "no folder is given with --use"
+                raise Mismatch(f"--expect {expected}: {there}. Copy the right folder, or ask who gave you the root.")
 
     # --- what a run is ---
 
