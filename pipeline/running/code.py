@@ -1,0 +1,63 @@
+"""Whether the code that can change a stage's result is the code that its version was given for.
+
+`values.lock` has, for each stage, its version and the SHA-256 of every file of ours that it imports, other than those of
+INERT. `make bless` renews it, if the version was raised or the results are bit-identical.
+"""
+
+import ast
+import hashlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json, sha256_of
+from pipeline.running.stage import Stage
+
+ROOT = Path(__file__).parents[2]
+LOCK = Path(__file__).parent / "values.lock"
+INERT = ("pipeline/running/", "pipeline/reporting/", "pipeline/files.py", "pipeline/errors.py", "pipeline/lookup.py")
+"""What decides where a result lies, how it is shown and what an error says, and never what it is."""
+
+
+def version_of(stage: Stage) -> int | str:
+    """The stage's version; with a mark of the code where that is not what the version was given for."""
+    locked = _lock().get(stage.name, {})
+    now = {file: _sha256(file) for file in locked.get("files", {})}
+    if now == locked.get("files") and locked.get("version") == stage.version:
+        return stage.version
+    return f"{stage.version}+{hashlib.sha256(repr(sorted(now.items())).encode()).hexdigest()[:8]}"
+
+
+def files_of(stage: Stage) -> dict[str, str]:
+    """Of each of our files that the stage imports, directly or not, and that can change its result: the SHA-256."""
+    found: set[str] = set()
+    waiting = [_file(stage.module)]
+    while waiting:
+        file = waiting.pop()
+        if file in found or not (ROOT / file).is_file() or file.startswith(INERT):
+            continue
+        found.add(file)
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                waiting += [_file(alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [_file(node.module), *(_file(f"{node.module}.{alias.name}") for alias in node.names)]
+        for folder in re.findall(r'find\("(\w+)"', source):
+            waiting += [path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline" / folder).glob("*.py")]
+    return {file: sha256_of(ROOT / file) for file in sorted(found)}
+
+
+def _file(module: str) -> str:
+    return f"{module.replace('.', '/')}.py"
+
+
+@cache
+def _lock() -> dict[str, Any]:
+    return dict(read_json(LOCK)) if LOCK.exists() else {}
+
+
+@cache
+def _sha256(file: str) -> str:
+    return sha256_of(ROOT / file) if (ROOT / file).is_file() else "missing"
