@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 VARIANTS = {
     "": [],
-    "everything": ["targets.logits={keep: 16, hidden: int8, boundary: true, logsumexp: true}", "targets.positions=all", "teacher.dtype=bfloat16", "data.template=chat"],
+    "everything": ["targets.logits={keep: 16, hidden: int8, boundary: true, logsumexp: true}", "targets.positions=all", "teacher.dtype=bfloat16", "data.max_tokens=48"],
     "sampled": ["targets.logits={method: sampled, keep: 20}", "training.objective=[{loss: forward_kl}]", "training.temperature=1.0"],
 }
 MEASURED = ("tokens_per_second", "peak_memory_mb", "seconds")
