@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.errors import ConfigError
 from pipeline.lookup import nearest, parameters
 
+SECRET = re.compile(r"://[^/@\s]+@|\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})\b")
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Revision = Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
@@ -332,6 +333,7 @@ def load_experiment(file: str | Path, changes: list[str] | None = None) -> Exper
     tree, lines = _read(Path(file), ())
     for change in changes or []:
         _set(tree, lines, change)
+    _refuse_secrets(tree, lines, (), str(file))
     if "name" not in tree:
         tree["name"] = Path(file).stem
     try:
@@ -409,6 +411,16 @@ def _set(tree: dict[str, Any], lines: dict[Place, str], change: str) -> None:
     for n in range(1, len(keys) + 1):
         lines.setdefault(tuple(keys[:n]), f"--set {change}")
     lines[tuple(keys)] = f"--set {change}"
+
+
+def _refuse_secrets(value: Any, lines: dict[Place, str], place: Place, file: str) -> None:
+    if isinstance(value, str) and SECRET.search(value):
+        raise ConfigError(
+            f"{lines.get(place, file).partition('=')[0]}: {'.'.join(map(str, place))} looks like it holds a password or a token, and settings are written into every result. "
+            "Leave it out: hub and clouds read theirs from the environment or from a login."
+        )
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _refuse_secrets(part, lines, (*place, key), file)
 
 
 def _explain(problem: Any, lines: dict[Place, str], file: str) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 from pipeline.errors import DamageError
 
 UNFINISHED = ".unfinished-"
+LARGEST_JSON = 256 << 20
+"""Bytes; a cache of a million shards stays below."""
 FORGOTTEN_AFTER = 24 * 3600
 """Seconds after which a temporary file of a writer on another machine is taken for left behind."""
 
@@ -124,9 +126,22 @@ def write_json(path: Path, value: Any, absent: bool = False) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """DamageError if it is no JSON that we would write: too large, too deep, a key given twice, NaN."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a key is given twice")
+        return value
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise DamageError(f"{path} is damaged: {error}. Remove it and run the command again, or copy it anew.") from None
 
 

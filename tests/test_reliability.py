@@ -554,3 +554,50 @@ def test_status_survives_damage_elsewhere_and_names_damage_here(done: Place, tmp
 def test_specialty_weights_without_effect_or_without_weight_are_refused(done: Place, tmp_path: Path, weights: str):
     place = copied(done, tmp_path / "copy")
     assert "specialty_weights" in place.pipeline("train-student", CONFIG, "--set", f"training.specialty_weights={weights}", status=2)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "its commit"])
+def test_a_damaged_checkpoint_goes_to_the_quarantine_and_the_one_before_leads_to_the_same_bits(done: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str):
+    import stages.train_student as stage
+
+    place = copied(done, tmp_path / "copy")
+    straight = place.finished("evaluate")  # the folder of the distilled student is named there
+    shutil.rmtree(place.path / "runs" / "train-student")
+    real = stage._checkpoint
+
+    def stop_after_the_second(*arguments):
+        real(*arguments)
+        if arguments[1] == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_checkpoint", stop_after_the_second)
+    place.pipeline("train-student", CONFIG, status=1)
+    monkeypatch.setattr(stage, "_checkpoint", real)
+    (folder,) = (place.path / "runs" / "train-student").glob("*")
+    newest = folder / "checkpoints" / "step-0000008.safetensors"
+    if damage == "its commit":
+        (folder / "commits" / "step-0000008.json").write_text("{}")
+    else:
+        data = bytearray(newest.read_bytes())
+        data[len(data) // 2] ^= 1
+        newest.write_bytes(data if damage == "a flipped bit" else data[:-10])
+    report = place.json("train-student", CONFIG)
+    assert list(folder.glob("quarantine/*/commits/step-0000008.json"))
+    one, two = (load_file(runs / "train-student" / report["fingerprint"] / "student" / "model.safetensors") for runs in (place.path / "runs", done.path / "runs"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert straight
+
+
+def test_no_secret_of_the_environment_or_of_a_setting_is_written_down(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """Tokens that a hub or a cloud reads from the environment, and a password in a file's address."""
+    canaries = {"HF_TOKEN": "hf_CanaryCanaryCanaryCanaryCanary", "AWS_SECRET_ACCESS_KEY": "AKIACANARYCANARY", "WANDB_API_KEY": "canary0123456789"}
+    for name, value in canaries.items():
+        monkeypatch.setenv(name, value)
+    place.pipeline("run", CONFIG)
+    message = place.pipeline("prepare-data", CONFIG, "--set", "data.train.0.path=https://user:hunter2canary@example.org/x.jsonl", status=2)
+    assert "data.train.0.path" in message
+    message += place.pipeline("prepare-data", CONFIG, "--set", "teacher.model=hf_CanaryCanaryCanaryCanaryCanary", status=2)
+    written = b"".join(file.read_bytes() for file in (place.path / "runs").rglob("*") if file.is_file()) + message.encode()
+    assert not [value for value in canaries.values() if value.encode() in written]
+    assert b"tiny/teacher" in written  # the control: what is in a setting is found
+    assert b"hunter2canary" not in written

@@ -24,6 +24,8 @@ from pipeline.signals.vocabulary import CLASSES, Vocabulary
 
 WINDOW = 16
 """Row groups that are shuffled together and held decoded at once."""
+LARGEST_GROUP = 2 << 30
+"""Bytes of a row group, decompressed: hidden states of 65,536 positions at a size of 16,384 take 1 GiB."""
 EXTRAS = ("entropy", "logsumexp", "boundary", "hidden")
 
 
@@ -145,6 +147,7 @@ class Cache:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 form = Logits.from_metadata({key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}, file.schema_arrow.names)
                 _check_schema(path, file.schema_arrow, form.schema())
+                check_size(file, group)
                 boundary = [boundary_column(i) for i in range(len(CLASSES))]
                 skipped = {"entropy", "logsumexp", *boundary} - set(self._extras) - set(boundary if "boundary" in self._extras else ())
                 table = file.read_row_group(group, [name for name in form.schema().names if name not in skipped])
@@ -265,10 +268,19 @@ def read_table(path: Path, schema: pa.Schema, group: int | None = None) -> pa.Ta
     """The file's rows, or those of one row group; DamageError if it is no Parquet of exactly these columns."""
     with _decoding(path):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_size(file, group)
             table = file.read() if group is None else file.read_row_group(group)
         table.validate(full=True)
     _check_schema(path, table.schema, schema)
     return table
+
+
+def check_size(file: pq.ParquetFile, group: int | None = None) -> None:
+    """ValueError if a row group would take more memory than any that we write, however small the file is."""
+    for number in range(file.metadata.num_row_groups) if group is None else [group]:
+        about = file.metadata.row_group(number)
+        if about.total_byte_size > LARGEST_GROUP or about.num_rows > LARGEST_GROUP:
+            raise ValueError(f"row group {number} claims {about.total_byte_size} bytes and {about.num_rows} rows")
 
 
 @contextmanager

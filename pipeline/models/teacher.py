@@ -19,6 +19,8 @@ BUCKET = 32
 """Rows are padded to a multiple of so many tokens: the bits of a record's logits depend on the shape of its batch, not on its batch-mates."""
 CHUNK_BYTES = 128 << 20
 """Of logits that exist at once, at two bytes each: the head's weights are read once per chunk."""
+CHUNK_POSITIONS = 2048
+"""At most so many at once, where the vocabulary is small: a chunk is filled up with zeros."""
 TAIL_EVERY = 8
 """Of the positions of a shard with tail marginals one in so many is looked at: averages need no more."""
 
@@ -102,7 +104,7 @@ def said_of(
 
 def positions_at_once(vocabulary_size: int) -> int:
     """Whose logits are made together: a fixed number, because their bits can depend on it."""
-    return max(1, CHUNK_BYTES // (2 * vocabulary_size))
+    return max(1, min(CHUNK_POSITIONS, CHUNK_BYTES // (2 * vocabulary_size)))
 
 
 def _batches(records: Sequence[Tokens], batch_records: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import reader, schema
-from pipeline.cache.reader import Cache
+from pipeline.cache.reader import Cache, read_table
 from pipeline.cache.schema import Logits
 from pipeline.errors import DamageError, InputError
 from pipeline.signals.codec import REST_STEP, logprob_error
@@ -354,3 +354,14 @@ def test_the_tail_of_several_shards_is_their_mean_by_positions(tmp_path: Path):
 
 def test_a_cache_without_tails_has_none(tmp_path: Path):
     assert opened(write(tmp_path, [[example(0)]], made.form())).tail() is None
+
+
+def test_a_small_file_that_would_fill_the_memory_is_refused_before_it_is_decoded(tmp_path: Path):
+    """Runs of one value compress without end: 2.4 GB in as many megabytes."""
+    schema = pa.schema([("id_gap", pa.int32())])
+    with pq.ParquetWriter(tmp_path / "ranks-00000.parquet", schema, compression="zstd", use_dictionary=False) as writer:
+        column = pa.array(np.zeros(1 << 26, np.int32))
+        writer.write_table(pa.table([pa.chunked_array([column] * 9)], schema), row_group_size=1 << 30)
+    assert (tmp_path / "ranks-00000.parquet").stat().st_size < 4 << 20
+    with pytest.raises(DamageError, match="claims"):
+        read_table(tmp_path / "ranks-00000.parquet", schema)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import HOST, UNFINISHED, appears_whole, remove_unfinished
+from pipeline.errors import DamageError
+from pipeline.files import HOST, UNFINISHED, appears_whole, read_json, remove_unfinished
 from pipeline.running.folder import RunFolder
 
 
@@ -82,3 +83,17 @@ def test_only_shards_with_a_commit_that_fits_their_files_are_done(tmp_path: Path
     assert sorted(file.name for file in tmp_path.glob("bytes-*")) == ["bytes-00000.bin"]
     assert sorted(file.name for file in tmp_path.rglob("quarantine/*/*.bin")) == ["bytes-00001.bin", "bytes-00002.bin"]  # that of 3 was never committed
     folder.close()
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, '{"a": Infinity}', "{", "\xff", ""])
+def test_a_json_that_we_would_not_write_is_damage(tmp_path: Path, text: str):
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamageError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_json_of_many_gigabytes_is_not_read(tmp_path: Path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(10 << 30)
+    with pytest.raises(DamageError, match="bytes"):
+        read_json(tmp_path / "x.json")
