@@ -37,18 +37,19 @@ def appears_whole(path: Path, absent: bool = False) -> Iterator[Path]:
         yield temporary
         # sync first: the name may reach the disk before the bytes do
         for file in sorted(temporary.rglob("*")):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         if temporary.is_dir():
             if not _same_folder(temporary, path):
                 shutil.rmtree(path, ignore_errors=True)
                 os.replace(temporary, path)
         elif absent:
             if not name_if_absent(temporary, path) and sha256_of(path) != sha256_of(temporary):
+                sync(path.parent)  # who gave the name may not have come so far
                 raise FileExistsError(errno.EEXIST, "It is there already, with other bytes", str(path))
         else:
             os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -61,7 +62,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def name_if_absent(temporary: Path, path: Path) -> bool:
@@ -122,7 +123,12 @@ HOST = _host()
 
 def write_json(path: Path, value: Any, absent: bool = False) -> None:
     with appears_whole(path, absent) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(as_json(value), encoding="utf-8")
+
+
+def as_json(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -179,7 +185,8 @@ def files_named(pattern: str) -> list[Path]:
     return [Path(file) for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file's bytes, or the names in a folder, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

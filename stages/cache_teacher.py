@@ -55,7 +55,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
 
     with Background() as writing:  # a shard is written while the teacher reads the next one
         started = time.monotonic()
-        for name in out.pieces(list(shards), meanwhile=writing.check):
+        for name in out.pieces(list(shards), writing.check, {name: shard.key for name, shard in shards.items()}):
             shard = shards[name]
             if shard.key in made and out.take_over(name, *made[shard.key], shard.renamed):
                 progress.advance(1, out.info(name)["tokens"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import stages.cache_teacher
 from pipeline.errors import NumericsError
+from pipeline.files import write_json
 from pipeline.running.folder import FinishedFolder
 from tests.conftest import CONFIG, Place
 
@@ -202,7 +203,7 @@ def test_decoding_finds_what_hashes_cannot(done: Place, tmp_path: Path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][file.name] = folders.describe(file)
     manifest["self"] = folders._self_hash({key: value for key, value in manifest.items() if key != "self"})
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_json(path / "manifest.json", manifest)
     assert "do not sum to 1" in undecodable(path)[file.name]
 
 

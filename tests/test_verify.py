@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.files import write_json
 from pipeline.models.heads import RowLogits
 from pipeline.running import folder as folders
 from tests.conftest import CONFIG, Place
@@ -24,12 +25,12 @@ def sealed_again(path: Path, **changes: object) -> None:
     manifest = json.loads((path / "manifest.json").read_text()) | changes
     manifest["files"] = {name: entry | folders.describe(path / name) for name, entry in manifest["files"].items()}
     manifest["self"] = folders._self_hash({key: value for key, value in manifest.items() if key != "self"})
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_json(path / "manifest.json", manifest)
     for record in (path / "commits").iterdir():
         commit = json.loads(record.read_text())
         commit["files"] = {name: entry | folders.describe(path / name) for name, entry in commit["files"].items()}
         commit["self"] = folders._self_hash({key: value for key, value in commit.items() if key != "self"})
-        record.write_text(json.dumps(commit))
+        write_json(record, commit)
 
 
 def test_a_sound_cache_stands_every_look_and_the_root_is_printed(cache: tuple[Place, Path]):

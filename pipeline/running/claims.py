@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.files import HOST, is_running, name_if_absent
+from pipeline.files import HOST, UNFINISHED, is_running, name_if_absent
 
 BEAT = 30.0
 """Seconds between two signs of life."""
@@ -39,8 +39,9 @@ class Claims:
         """Claim a thing; False where another has."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
-            temporary = self._written(0)
+            temporary = self._temporary()
             try:
+                self._write(temporary, 0)
                 if not name_if_absent(temporary, self._folder / name):
                     if not self._is_left_behind(name):
                         return False
@@ -52,6 +53,24 @@ class Claims:
             self._held.add(name)
         return True
 
+    def take_in_time(self, name: str) -> bool:
+        """Like `take`, but waits to see whether another machine's process (or this one's, before it was started again) is alive."""
+        before = self._read(name)
+        while not self.take(name):
+            if self._lives(name, before):
+                return False
+            time.sleep(STALE / 100)
+        return True
+
+    def living(self) -> list[str]:
+        """The names that processes which are alive hold; waits where that cannot be told at once."""
+        before = {file.name: self._read(file.name) for file in self._folder.glob("[!.]*")}
+        while names := [file.name for file in self._folder.glob("[!.]*") if file.name not in self._held and not self._is_left_behind(file.name)]:
+            if sure := [name for name in names if self._lives(name, before.get(name, ""))]:
+                return sorted(sure)
+            time.sleep(STALE / 100)
+        return []
+
     def holds(self, name: str) -> bool:
         return name in self._held
 
@@ -60,11 +79,6 @@ class Claims:
             self._held.discard(name)
             if self._of(name).get("owner") == self._me:
                 (self._folder / name).unlink(missing_ok=True)
-
-    def alive(self) -> list[str]:
-        """The names that other processes hold, as far as can be told from here."""
-        names = [file.name for file in self._folder.glob("[!.]*")]
-        return sorted(name for name in names if name not in self._held and not self._is_left_behind(name))
 
     def __enter__(self) -> "Claims":
         self._thread.start()
@@ -90,6 +104,12 @@ class Claims:
             return False
         return time.monotonic() - since >= STALE
 
+    def _lives(self, name: str, before: str) -> bool:
+        """Whether a claim is of a running process of this machine, or has changed."""
+        of = self._of(name)
+        here = of.get("host") == HOST and (of.get("process") == str(os.getpid()) or is_running(str(of.get("process"))))
+        return here or self._read(name) not in (before, "")
+
     def _keep_alive(self) -> None:
         beats = 0
         while not self._end.wait(BEAT):
@@ -98,7 +118,8 @@ class Claims:
                 for name in list(self._held):
                     with suppress(OSError):
                         if self._of(name).get("owner") == self._me:
-                            os.replace(self._written(beats), self._folder / name)
+                            self._write(self._temporary(), beats)
+                            os.replace(self._temporary(), self._folder / name)
 
     def _of(self, name: str) -> dict[str, Any]:
         try:
@@ -112,8 +133,9 @@ class Claims:
         except FileNotFoundError:
             return ""
 
-    def _written(self, beats: int) -> Path:
-        temporary = self._folder / f".{self._me}"
+    def _temporary(self) -> Path:
+        return self._folder / f"{UNFINISHED}{HOST}-{os.getpid()}-{self._me}"
+
+    def _write(self, file: Path, beats: int) -> None:
         text = json.dumps({"owner": self._me, "host": HOST, "process": str(os.getpid()), "beats": beats})
-        temporary.write_text(text, encoding="ascii")
-        return temporary
+        file.write_text(text, encoding="ascii")

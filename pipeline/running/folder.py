@@ -16,14 +16,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamageError, Disagreement, InputError
-from pipeline.files import UNFINISHED, appears_whole, make_folder, read_json, remove_unfinished, sha256_of, stats, write_json
+from pipeline.files import UNFINISHED, appears_whole, as_json, make_folder, read_json, remove_unfinished, sha256_of, stats, sync, write_json
 from pipeline.running.claims import Claims
 from pipeline.running.fingerprint import Identity
 
@@ -51,10 +51,12 @@ class RunFolder:
         self.path = path
         self.settings = settings
         make_folder(path / "commits")
+        for folder in (path, *path.absolute().parents[:3]):
+            sync(folder)  # a process that was killed may have made them, and no more
         self._claims = Claims(path / "claims").__enter__()
-        if writers == "one" and not self._claims.take(WHOLE):
+        if writers == "one" and not self._claims.take_in_time(WHOLE):
             self.close()
-            raise InputError(f"Another process is writing {path}. Wait until it has finished, or stop it first. (One on another machine that was killed is forgotten after two minutes.)")
+            raise InputError(f"Another process is writing {path}. Wait until it has finished, or stop it first.")
         self._writes = writers != "none"
         if self._writes:
             remove_unfinished(path)
@@ -67,24 +69,28 @@ class RunFolder:
         """Say how much there is to do, so that `pipeline status` can tell how far it is."""
         write_json(self.path / "plan.json", {"unit": unit, "total": total})
 
-    def pieces(self, names: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> Iterator[str]:
+    def pieces(self, names: Sequence[str], meanwhile: Callable[[], None] = lambda: None, keys: Mapping[str, str] | None = None) -> Iterator[str]:
         """The pieces that nobody has finished or is working on, each claimed for this process until it is committed.
 
         Ends when every piece is committed or claimed here: waits for those that other processes work on, and does their work
         if they die. A piece whose files (`...-NAME.*`) are not what its commit says goes to the quarantine first.
-        meanwhile: called while waiting.
+        meanwhile: called while waiting. keys: what `info["key"]` of each piece's commit must be.
         """
+
+        def stands(name: str) -> bool:
+            return self.stands(name) and (keys is None or self.info(name).get("key") == keys[name])
+
         checked: set[str] = set()
         while True:
             waiting = False
             for name in names:
                 if self._claims.holds(name) or name in checked:
                     continue
-                if self.stands(name):
+                if stands(name):
                     checked.add(name)
                 elif not self._claims.take(name):
                     waiting = True
-                elif self.stands(name):  # finished while we looked
+                elif stands(name):  # finished while we looked
                     self._claims.release(name)
                 else:
                     self._clear(name)
@@ -216,8 +222,8 @@ class RunFolder:
                 self.withdraw(name)
 
     def others(self) -> list[str]:
-        """The pieces that other processes are working on, as far as can be told from here."""
-        return self._claims.alive()
+        """The pieces that other processes are working on."""
+        return self._claims.living()
 
 
 class FinishedFolder:
@@ -271,7 +277,7 @@ class FinishedFolder:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a finished run; a DamageError if it is not what was written, FileNotFoundError if there is none."""
     manifest = read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("self") != _self_hash({k: v for k, v in manifest.items() if k != "self"}):
+    if not _fits(path / "manifest.json", manifest):
         raise DamageError(f"{path / 'manifest.json'} is damaged (its own hash does not fit). Copy it anew, or remove it and run the stage again.")
     if manifest["format"] != FORMAT:
         raise DamageError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}. Use the version that wrote it.")
@@ -347,15 +353,20 @@ def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findi
                 found.untrusted["manifest.json"] = f"has the root {is_so}, and {expect} was expected"
         except DamageError as error:
             found.damaged["manifest.json"] = str(error)
+        except OSError as error:
+            found.unchecked["manifest.json"] = f"cannot be read: {error.strerror}"
     elif expect:
         found.untrusted["manifest.json"] = "is missing, so the folder has no root yet"
-    known = set(listed)
+    known, foreign = set(listed), list[str]()
     for name in _commit_names(path):
         try:
             commit = _read_commit(path, name)
         except DamageError as error:
             found.damaged[f"commits/{name}.json"] = str(error)
             found.pieces.append(name)
+            continue
+        except OSError as error:
+            found.unchecked[f"commits/{name}.json"] = f"cannot be read: {error.strerror}"
             continue
         if commit["name"] != name:
             found.damaged[f"commits/{name}.json"] = f"is the commit of {commit['name']}"
@@ -366,12 +377,15 @@ def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findi
             found.pieces.append(name)
         if contradicting := [file for file, entry in commit["files"].items() if file in listed and listed[file]["sha256"] != entry["sha256"]]:
             found.untrusted[f"commits/{name}.json"] = f"says something else of {contradicting[0]} than manifest.json"
+            foreign.append(name)
         known |= commit["files"].keys()
         for file in commit["files"]:
             listed.pop(file, None)
+    if foreign != _commit_names(path):  # if all contradict the manifest, then that is the foreign one
+        found.pieces += foreign
     for file, entry in listed.items():
         found.look(path, file, entry, fast)
-    for file in sorted(path.rglob("*")) if finished and "manifest.json" not in found.damaged else []:
+    for file in sorted(path.rglob("*")) if finished and "manifest.json" not in (found.damaged | found.unchecked) else []:
         name = file.relative_to(path).as_posix()
         if not file.is_dir() and name not in known and name.split("/")[0] not in (*SCRATCH, *OWN) and not file.name.startswith(UNFINISHED):
             found.untrusted[name] = "is not listed in manifest.json"
@@ -379,7 +393,7 @@ def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findi
 
 
 def repair(path: Path, found: dict[str, str]) -> None:
-    """Put every damaged piece into the quarantine, and the manifest, so that the next run of the stage redoes just those.
+    """Put every piece that is damaged or contradicts the manifest, and every stray file, into the quarantine, and the manifest, so that the next run of the stage redoes just those.
 
     found: file -> problem, for files that are as they were written and yet wrong. InputError while somebody writes here.
     """
@@ -388,7 +402,7 @@ def repair(path: Path, found: dict[str, str]) -> None:
         if working := [name for name in folder.others() if name != WHOLE]:
             raise InputError(f"Another process is writing piece {working[0]} of {path}. Wait until it has finished, or stop it first.")
         seen = findings(path)
-        wrong, pieces = seen.damaged | found, seen.pieces
+        wrong, pieces = seen.damaged | seen.untrusted | found, list(dict.fromkeys(seen.pieces))
         pieces += [name for name in _commit_names(path) if name not in pieces and found.keys() & _read_commit(path, name)["files"].keys()]
         away = ["manifest.json"] if wrong else []
         for name in pieces:
@@ -433,9 +447,14 @@ def _read_commit(path: Path, name: str) -> dict[str, Any]:
     if not file.exists():
         raise DamageError(f"{file} is missing")
     commit = read_json(file)
-    if not isinstance(commit, dict) or commit.get("self") != _self_hash({k: v for k, v in commit.items() if k != "self"}):
+    if not _fits(file, commit):
         raise DamageError(f"{file} is damaged (its own hash does not fit)")
     return commit
+
+
+def _fits(file: Path, value: Any) -> bool:
+    """Whether a JSON is what was written: what it says, and to the byte how it says it."""
+    return isinstance(value, dict) and value.get("self") == _self_hash({k: v for k, v in value.items() if k != "self"}) and file.read_text(encoding="utf-8") == as_json(value)
 
 
 def _self_hash(body: dict[str, Any]) -> str:
