@@ -7,7 +7,7 @@ result, and is in no fingerprint. Three keys always name something outside the Y
 """
 
 import re
-from math import exp, log
+from math import exp, isfinite, log
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,20 @@ class Named(BaseModel):
     """An entry that names a function in one of the library's folders; every further key is an option of that function."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _only_plain_values(self) -> "Named":
+        """What YAML can write and JSON cannot (dates, bytes, sets, infinity) has no one way to be hashed."""
+
+        def plain(value: Any) -> bool:
+            if isinstance(value, dict):
+                return value.keys() != {"float"} and all(isinstance(key, str) and plain(part) for key, part in value.items())  # so a float is hashed
+            return all(map(plain, value)) if isinstance(value, list) else value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and isfinite(value))
+
+        for key, value in self.options().items():
+            if not plain(value):
+                raise ValueError(f"{key} must be made of text, numbers, true, false, lists and mappings")
+        return self
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -368,10 +382,14 @@ def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Plac
 
 def _build(node: yaml.Node, place: Place, lines: dict[Place, str], file: Path) -> Any:
     lines[place] = f"{file}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise ConfigError(f"{lines[place]}: {node.tag} cannot be a setting. Give a list or a mapping.")
     if isinstance(node, yaml.MappingNode):
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: a key must be text, and {key!r} is not. Put it in quotes.")
             if key in result:
                 raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: the key '{key}' is given twice.")
             result[key] = _build(value_node, (*place, key), lines, file)
@@ -394,7 +412,8 @@ def _set(tree: dict[str, Any], lines: dict[Place, str], change: str) -> None:
         raise ConfigError(f"--set {change}: give it as section.key=value.")
     keys: list[str | int] = [int(key) if key.isdigit() else key for key in path.split(".")]
     try:
-        value = yaml.load(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=_Loader)
+        value = _build(node, (), {}, Path(f"--set {path}")) if node else None
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change}: the value is no YAML: {error}") from None
     here: Any = tree

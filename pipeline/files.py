@@ -70,7 +70,9 @@ def name_if_absent(temporary: Path, path: Path) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        return os.path.samefile(temporary, path)  # NFS may say so of its own success
+        with suppress(FileNotFoundError):  # it is gone again
+            return os.path.samefile(temporary, path)  # NFS may say so of its own success
+        return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise

@@ -24,8 +24,8 @@ from pipeline.signals.vocabulary import CLASSES, Vocabulary
 
 WINDOW = 16
 """Row groups that are shuffled together and held decoded at once."""
-LARGEST_GROUP = 2 << 30
-"""Bytes of a row group, decompressed: hidden states of 65,536 positions at a size of 16,384 take 1 GiB."""
+LARGEST = 2 << 30
+"""Bytes of what is read at once, decompressed: hidden states of 65,536 positions at a size of 16,384 take 1 GiB."""
 EXTRAS = ("entropy", "logsumexp", "boundary", "hidden")
 
 
@@ -276,11 +276,11 @@ def read_table(path: Path, schema: pa.Schema, group: int | None = None) -> pa.Ta
 
 
 def check_size(file: pq.ParquetFile, group: int | None = None) -> None:
-    """ValueError if a row group would take more memory than any that we write, however small the file is."""
-    for number in range(file.metadata.num_row_groups) if group is None else [group]:
-        about = file.metadata.row_group(number)
-        if about.total_byte_size > LARGEST_GROUP or about.num_rows > LARGEST_GROUP:
-            raise ValueError(f"row group {number} claims {about.total_byte_size} bytes and {about.num_rows} rows")
+    """ValueError if a row group (None: the file) would take more memory than any that we write, however small it is on disk."""
+    groups = [file.metadata.row_group(number) for number in (range(file.metadata.num_row_groups) if group is None else [group])]
+    size, rows = sum(about.total_byte_size for about in groups), sum(about.num_rows for about in groups)
+    if max(size, rows) > LARGEST:
+        raise ValueError(f"it claims {size} bytes and {rows} rows")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,6 +13,8 @@ def hub(*, repo: str, revision: str, split: str = "train", subset: str | None = 
     """The rows of a Hugging Face dataset at a pinned commit (40 hexadecimal digits)."""
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise InputError(f"The dataset {repo} needs `revision`, the commit as 40 hexadecimal digits; {revision!r} may be another thing tomorrow.")
+    if Path(repo).exists():
+        raise InputError(f"A folder named {repo} is here and would be read instead of the hub. Run the command elsewhere, or give the files with `dataset: jsonl`.")
     try:
         rows = datasets.load_dataset(repo, subset, revision=revision, split=split, streaming=True)
     except (OSError, ValueError) as error:

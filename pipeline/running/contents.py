@@ -5,21 +5,28 @@ remembered hash stands for it, so that what was built from it is still found.
 """
 
 import hashlib
+import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamageError, InputError
-from pipeline.files import files_named, read_json, sha256_of, write_json
+from pipeline.files import files_named, read_json, sha256_of, sync, write_json
 from pipeline.files import stats as file_stats
 
-TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|.*\.model)")
+NOT_TOKENIZER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json)|(generation_|adapter_)?config\.json")
+CHOOSES_TOKENIZER = ("model_type", "tokenizer_class")
+"""What a model's config.json says that decides which class reads the tokenizer's files."""
 NOT_CONTENT = re.compile(r"(\..*|.*\.md)")
 
 
 class Contents:
     def __init__(self, runs: Path) -> None:
         self._runs = runs
+        self.seen: dict[Path, list[int]] = {}
+        """Of the files that have been looked at, what `stats` said then."""
         self._file = runs / "inputs.json"
         self._remembered: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
         if not isinstance(self._remembered, dict) or not all(isinstance(entry, dict) and {"content", "stats"} <= entry.keys() for entry in self._remembered.values()):
@@ -31,39 +38,81 @@ class Contents:
 
     def of_model(self, model: str, revision: str | None) -> str:
         """Of a hub model its commit; of a folder (or a finished student) its files."""
+        refuse_folder(model, revision)
         return f"hub:{model}@{revision}" if revision else self._of_folder("model", model)
 
     def of_tokenizer(self, model: str, revision: str | None) -> str:
-        """Like of_model, of the tokenizer's files alone: students that share a tokenizer share what is made for it."""
+        """Like of_model, of what shapes its tokens alone: students that share a tokenizer share what is made for it."""
+        refuse_folder(model, revision)
         return f"hub:{model}@{revision}" if revision else self._of_folder("tokenizer", model)
 
     def _of_folder(self, kind: str, model: str) -> str:
         folder = model_folder(model, self._runs)
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file()] if folder.is_dir() else []
-        wanted = TOKENIZER_FILES if kind == "tokenizer" else re.compile(".*")
-        files = [file for file in files if wanted.fullmatch(file.name) and not NOT_CONTENT.fullmatch(file.name)]
-        return self._of(kind, model, files, lambda file: file.relative_to(folder).as_posix())
+        files = [file for file in _files_in(folder) if not any(NOT_CONTENT.fullmatch(part) for part in file.relative_to(folder).parts)]
+        chooses = folder / "config.json"
+        if kind == "tokenizer":
+            files = [file for file in files if not NOT_TOKENIZER.fullmatch(file.name)]
+        return self._of(kind, model, files, lambda file: file.relative_to(folder).as_posix(), chooses if kind == "tokenizer" and chooses.is_file() else None)
 
-    def _of(self, kind: str, name: str, files: list[Path], relative: Any) -> str:
+    def _of(self, kind: str, name: str, files: list[Path], relative: Callable[[Path], str], chooses: Path | None = None) -> str:
         key = f"{kind}:{name}"
         before = self._remembered.get(key)
         if not files:
             if before:
                 return str(before["content"])
             raise InputError(_not_there(kind, name))
-        stats = {relative(file): file_stats(file) for file in files}
+        watched = [*files, chooses] if chooses else files
+        stats = {relative(file): file_stats(file) for file in watched}
+        if not before or before["stats"] != stats:
+            for file in watched:
+                with suppress(OSError):
+                    sync(file)  # what is written through a map from now on has a new time
+            stats = {relative(file): file_stats(file) for file in watched}
+        self.seen |= {file: stats[relative(file)] for file in watched}
         if before and before["stats"] == stats:
             return str(before["content"])
         digest = hashlib.sha256()
         for file in files:
             inner_name = "" if kind == "files" else relative(file)
             digest.update(f"{inner_name}\0{sha256_of(file)}\n".encode())
-        if any(file_stats(file) != stats[relative(file)] for file in files):
+        if chooses:
+            said = read_json(chooses)
+            digest.update(repr([said.get(key) for key in CHOOSES_TOKENIZER]).encode())
+        if changed(self.seen):
             raise InputError(f"{name} changed while it was read. Run the command again when nobody writes to it.")
         size = sum(file.stat().st_size for file in files)
         self._remembered[key] = {"content": f"sha256:{digest.hexdigest()}", "size": size, "stats": stats}
         write_json(self._file, self._remembered)
         return str(self._remembered[key]["content"])
+
+
+def changed(seen: dict[Path, list[int]]) -> list[Path]:
+    """The files that are no longer what they were."""
+    found = []
+    for file, before in seen.items():
+        try:
+            if file_stats(file) != before:
+                found.append(file)
+        except OSError:
+            found.append(file)
+    return found
+
+
+def refuse_folder(name: str, revision: str | None) -> None:
+    """InputError where a folder would be read instead of the hub."""
+    if revision and Path(name).exists():
+        raise InputError(f"{name} with a `revision` is of the hub, but a folder of that name is here and would be read instead. Leave out `revision`, or run the command elsewhere.")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Also those in linked folders, as transformers finds them."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(Path(place, name)) not in entered]
+        found += [Path(place, name) for name in names]
+    return sorted(file for file in found if file.is_file())
 
 
 def model_folder(model: str, runs: Path) -> Path:

@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 Identity = dict[str, Any]
+IN_YAML = {"student_tokenizer.tokenizer": "student.model", "student_tokenizer.revision": "student.revision"}
+"""Where the YAML has what a stage is told under another name."""
 
 
 def canonical(value: Any) -> str:
@@ -24,6 +26,8 @@ def canonical(value: Any) -> str:
             return {"float": (item + 0.0).hex()}
         if isinstance(item, list | tuple):
             return [plain(part) for part in item]
+        if isinstance(item, dict) and item.keys() == {"float"}:
+            raise TypeError("a mapping with the one key 'float' cannot be part of a fingerprint")
         if isinstance(item, dict) and all(isinstance(key, str) for key in item):
             return {key: plain(part) for key, part in item.items()}
         raise TypeError(f"{type(item).__name__} cannot be part of a fingerprint")
@@ -56,7 +60,10 @@ def named(name: str, content: str) -> dict[str, str]:
 def differing_keys(one: Identity, other: Identity) -> list[str]:
     """The dotted keys, such as teacher.quantization, in which two identities differ, their upstreams included."""
     here, there = _leaves(one), _leaves(other)
-    return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    keys = {key for key in here.keys() | there.keys() if here.get(key) != there.get(key)}
+    for name in one["needs"].keys() & other["needs"].keys():
+        keys.update(differing_keys(one["needs"][name], other["needs"][name]))
+    return sorted(keys)
 
 
 def with_names(value: Any) -> Any:
@@ -69,7 +76,7 @@ def with_names(value: Any) -> Any:
 
 
 def _is_named(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"named", "content"}
+    return isinstance(value, dict) and value.keys() == {"named", "content"} and str(value["content"]).startswith(("sha256:", "hub:"))
 
 
 def _content_only(value: Any) -> Any:
@@ -98,7 +105,6 @@ def _leaves(identity: Identity) -> dict[str, str]:
             found[place] = canonical(value)
 
     walk(identity["sections"], "")
+    found = {IN_YAML.get(key, key): value for key, value in found.items()}
     found[f"{identity['stage']}.version"] = canonical(identity["version"])
-    for need in identity["needs"].values():
-        found |= _leaves(need)
     return found

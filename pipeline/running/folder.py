@@ -50,6 +50,8 @@ class RunFolder:
     def __init__(self, path: Path, writers: str = "one", settings: str = "") -> None:
         self.path = path
         self.settings = settings
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called before anything is vouched for; may raise."""
         make_folder(path / "commits")
         for folder in (path, *path.absolute().parents[:3]):
             sync(folder)  # a process that was killed may have made them, and no more
@@ -150,6 +152,7 @@ class RunFolder:
 
         files: what else is to be said of each file. Disagreement if somebody has committed the piece with other content.
         """
+        self.before_commit()
         entries = {file: describe(self.path / file) | said for file, said in files.items()}
         body = {"name": name, "files": entries, "info": info}
         try:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pipeline.config import Experiment
 from pipeline.errors import DamageError, InputError, Mismatch, NotFinished, PipelineError
 from pipeline.running.code import version_of
-from pipeline.running.contents import Contents, model_folder
+from pipeline.running.contents import Contents, changed, model_folder
 from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named, settings_digest
 from pipeline.running.folder import FinishedFolder, RunFolder, pieces_by_key, progress, read_manifest
 from pipeline.running.stage import Stage
@@ -146,10 +147,14 @@ class Runner:
         try:
             self.say(f"{name}: {folder}")
             started = time.monotonic()
+            self._contents.seen.clear()
+            self._recomputed(stage)
+            out.before_commit = partial(self._refuse_changed, name, dict(self._contents.seen))
             summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
             if is_main:
+                out.before_commit()
                 if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
-                    raise PipelineError(f"A file or model that {name} reads changed while it ran, so its result is not kept as finished. Run the command again.")
+                    raise PipelineError(f"What {name} reads changed while it ran (files were added), so its result is not kept as finished. Run the command again.")
                 out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), summary, self._machine(time.monotonic() - started))
         finally:
             out.close()
@@ -179,15 +184,19 @@ class Runner:
 
     # --- inside ---
 
+    def _refuse_changed(self, name: str, seen: dict[Path, list[int]]) -> None:
+        if files := changed(seen):
+            raise PipelineError(f"A file that {name} reads changed while it ran, so what was made from it is not kept: {files[0]}. Run the command again.")
+
     def _settings(self, stage: Stage) -> Experiment:
         return self.experiment.without_teacher() if stage.same_as else self.experiment
 
     def _section(self, stage: Stage, name: str) -> Any:
-        section = getattr(self._settings(stage), name).model_dump(mode="json", by_alias=True)
+        section = getattr(self._settings(stage), name).model_dump(mode="python", by_alias=True)
         return self._with_contents(section)
 
     def _with_contents(self, value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [self._with_contents(part) for part in value]
         if not isinstance(value, dict):
             return value

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.cache.schema
+from pipeline.files import write_json
 from pipeline.running import folder as folders
 from tests.conftest import CONFIG, link_inputs
 
@@ -53,7 +54,7 @@ def hashed_again(folder: Path, name: str) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = folders.describe(folder / name)
     manifest["self"] = folders._self_hash({key: value for key, value in manifest.items() if key != "self"})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_json(folder / "manifest.json", manifest)
 
 
 def with_column(name: str, change: Callable) -> Callable[[pa.Table], pa.Table]:
