@@ -70,7 +70,8 @@ def make(folder: Path, positions: int, shards: int, kept: int) -> None:
         listed.append({"split": "train", "records": len(examples), "groups": written.groups()})
     about = {"format": FORMAT, "teacher": "synthetic", "text": "keep", "method": "head", "temperatures": TEMPERATURES, "extras": ["entropy"], "vocabulary": "synthetic", "rendering": "synthetic"}
     write_json(folder / "cache.json", about | {"vocabulary_size": VOCABULARY, "end_ids": [0], "tail_shards": [], "shards": listed})
-    out.seal("cache-teacher", "synthetic", {}, {}, {})
+    out.keep("cache.json")
+    out.seal("cache-teacher", "synthetic", {"stage": "cache-teacher", "version": 0, "sections": {}, "needs": {}}, {}, {})
     out.close()
 
 

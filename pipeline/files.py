@@ -145,6 +145,8 @@ def read_json(path: Path) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no number")
 
+    if path.is_dir():
+        raise DamageError(f"{path} is damaged: it is a folder. Remove it and run the command again, or copy it anew.")
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size} bytes")

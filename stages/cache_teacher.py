@@ -34,7 +34,9 @@ from pipeline.signals.targets import Targets as Word
 from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 
 Asked = tuple[Record, Tokens]
-HEAD = "head.safetensors"
+HEAD = "head"
+HEAD_FILE = "head.safetensors"
+"""A piece of its own, made by the first process that has loaded the teacher."""
 SAME_WORD = 0.1
 """Nats by which the log-probability of what follows may be off on the average, when a teacher is asked again elsewhere."""
 
@@ -49,9 +51,9 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     made = out.made_elsewhere()
     out.plan("shards", len(shards))
     form = _form(wanted, len(vocabulary))
-    loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out.path))
+    loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out))
     records = prepared.summary["train"] + prepared.summary["heldout"]
-    progress = Progress("cache-teacher", total=len(shards), done=len(out.names()), unit="shards")
+    progress = Progress("cache-teacher", total=len(shards), done=len(shards.keys() & out.names()), unit="shards")
 
     with Background() as writing:  # a shard is written while the teacher reads the next one
         started = time.monotonic()
@@ -72,16 +74,18 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                     break
                 except NumericsError as error:
                     asked = _without(asked, error, rejected)
-                    _check_rejected(rejected + [each for done in out.names() for each in out.info(done)["rejected"]], machine.max_rejected, records)
+                    _check_rejected(rejected + [each for done in shards.keys() & out.names() for each in out.info(done)["rejected"]], machine.max_rejected, records)
             examples = [(record, tokens, targets) for (record, tokens), targets in zip(asked, said, strict=True)]
             written = Shard(out.path, shard.number, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
             told = {"key": shard.key, "split": shard.split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
             writing.do(partial(_commit, out, written, told | {"peak_memory_mb": word.memory.megabytes(), "numerics": word.numerics}, progress))
             started = time.monotonic()  # what waits for the writer counts for the next shard
-    if wanted.hidden and not (out.path / HEAD).exists():
+    if wanted.hidden and not out.stands(HEAD):
         loaded()
 
     committed = [out.info(name) for name in shards]
+    if out.sealed():  # by another process
+        return _summary(committed)
     write_vocabulary(out.path / "vocabulary.parquet", vocabulary)
     with appears_whole(out.path / "tokenizer") as folder:
         tokenizer.tokenizer.save_pretrained(folder)
@@ -104,6 +108,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions", "groups", "numerics")} for shard in committed],
     }
     write_json(out.path / "cache.json", about)
+    out.keep("vocabulary.parquet", "tokenizer", "cache.json")
     return _summary(committed)
 
 
@@ -149,14 +154,16 @@ class _Loaded:
         raise AssertionError
 
 
-def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary, folder: Path | None) -> _Loaded:
+def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary, out: RunFolder | None) -> _Loaded:
     device = device_named(machine.device)
     memory = PeakMemory(device)
     model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
     head = row_logits(model, teacher.model, rows_that_are_tokens(model, teacher.model, vocabulary))
-    if wanted.hidden and folder and not (folder / HEAD).exists():
-        with appears_whole(folder / HEAD) as temporary:
-            head.keep_head(temporary)
+    if wanted.hidden and out is not None:
+        for _ in out.pieces([HEAD]):
+            with appears_whole(out.path / HEAD_FILE, absent=True) as temporary:
+                head.keep_head(temporary)
+            out.commit(HEAD, {HEAD_FILE: {}})
     question = Question(
         temperatures=wanted.temperatures,
         threshold=wanted.threshold,

@@ -14,7 +14,7 @@ import click
 
 from pipeline.config import load_experiment
 from pipeline.errors import InputError, PipelineError
-from pipeline.running.folder import FinishedFolder, findings, progress, repair
+from pipeline.running.folder import FinishedFolder, findings, repair
 from pipeline.running.runner import Runner
 from pipeline.running.stopping import stops_when_asked
 from stages import STAGES
@@ -150,8 +150,8 @@ def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | No
     Exit status: the sum of 1 (damaged), 2 (untrusted: not listed, or not what was expected), 4 (could not be read) and 8 (made
     with mixed numerics: different devices, batch sizes or threads).
     """
-    if not (folder / "manifest.json").exists() and progress(folder) is None:
-        raise InputError(f"{folder} is no run's folder: it has no manifest.json and no plan.json.")
+    if not any((folder / name).exists() for name in ("manifest.json", "plan.json", "commits")):
+        raise InputError(f"{folder} is no run's folder: it has no manifest.json, no plan.json and no commits.")
     if fast and (deep or recompute):
         raise InputError("--fast looks at no file's bytes: leave it out, or leave out --deep and --recompute.")
     found = findings(folder, fast, expect)
@@ -169,16 +169,18 @@ def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | No
         repair(folder, found.damaged)
     if as_json:
         told = {"damaged": found.damaged, "untrusted": found.untrusted, "unchecked": found.unchecked, "mixed_numerics": found.mixed}
-        click.echo(json.dumps({"folder": str(folder), **told, "repaired": mend and bool(found.damaged)}))
+        click.echo(json.dumps({"folder": str(folder), **told, "repaired": mend and bool(found.damaged | found.untrusted)}))
     else:
         for file, text in [*found.damaged.items(), *found.untrusted.items(), *found.unchecked.items()]:
             click.echo(f"{folder / file} {text}" if not text.startswith(str(folder)) else text)
         if found.mixed:
             click.echo("Its pieces were made on different devices, batch sizes or thread counts: the last bits of their numbers depend on that.")
-        away = "They are in the quarantine; run the stage again." if mend else "--repair puts them out of the way."
-        fine = "Nothing is missing or of another size." if fast else "Everything is as it was written." if not found.exit_status else "Nothing is damaged."
-        click.echo(f"{len(found.damaged)} damaged. {away}" if found.damaged else fine)
-        if finished and not found.damaged:
+        fine = "Nothing is missing or of another size." if fast else "Everything is as it was written."
+        if wrong := len(found.damaged | found.untrusted | found.unchecked):
+            away = "What is damaged or not listed is in the quarantine; run the stage again." if mend else "--repair puts what is damaged or not listed out of the way."
+            fine = f"{wrong} {'file is' if wrong == 1 else 'files are'} not as written. {away}"
+        click.echo(fine)
+        if (folder / "manifest.json").exists() and not found.damaged:
             click.echo(FinishedFolder(folder).root)
     if found.exit_status:
         raise click.exceptions.Exit(found.exit_status)

@@ -53,6 +53,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     write_json(out.path / "results.json", results)
     write_text(out.path / "table.md", results_table(results))
     plot_curves(out.path / "curves.png", metrics, results)
+    out.keep("results.json", "table.md", "curves.png")
     return results
 
 

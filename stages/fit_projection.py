@@ -36,6 +36,7 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     with appears_whole(out.path / "projection.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
+    out.keep("projection.parquet")
     measured = {"student_positions": 0, "aligned": 0, "placed": 0.0}
     for example in islice(cache.examples("train"), SAMPLE):
         tokens = student.render(example.record) if example.has_text else example.tokens

@@ -41,6 +41,7 @@ def run(data: Data, out: RunFolder) -> dict[str, Any]:
     splits = {"train": train, "heldout": heldout}
     digests = {split: write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records], data.records_per_shard) for split, records in splits.items()}
     write_json(out.path / GROUPS, digests)
+    out.keep(GROUPS, *(f"{split}.parquet" for split in splits))
     specialties = Counter(record.specialty or "none" for record in train)
     return {"train": len(train), "heldout": len(heldout), "dropped": dict(sorted(dropped.items())), "specialties": dict(specialties.most_common())}
 

@@ -135,6 +135,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             model.save_pretrained(folder)
             tokenizer.tokenizer.save_pretrained(folder)
             identity = {"student": student.model_dump(mode="json"), "training": training.model_dump(mode="json", by_alias=True)}
+            out.keep("student", "metrics.jsonl")
             (folder / "README.md").write_text(model_card(student.model, cache.about["teacher"] if with_teacher else None, identity), encoding="utf-8")
     accelerator.wait_for_everyone()
     parameters = sum(parameter.numel() for parameter in model.parameters())

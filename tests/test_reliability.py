@@ -373,6 +373,14 @@ def test_appended_data_costs_the_new_shards_only_and_a_changed_record_its_own(ow
     assert len(calls) == 2
 
 
+def test_status_names_what_differs_from_a_run_that_was_only_begun(place: Place):
+    place.pipeline("prepare-data", CONFIG, *SLOW_CACHE)
+    folder = killed_after(place, 2, "cache-teacher", CONFIG, *SLOW_CACHE)
+    row = place.json("status", CONFIG, *SLOW_CACHE, "--set", "targets.logits.keep=8")["stages"][1]
+    assert row["nearest"] == {"folder": str(folder.relative_to(place.path)), "differs": ["targets.logits.keep"]}
+    assert place.json("status", CONFIG, *SLOW_CACHE)["stages"][1]["nearest"] is None
+
+
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 33, 100, 1000])
 def test_the_shards_with_a_tail_are_few_spread_and_stay_when_data_is_appended(count: int):
     from pipeline.cache.plan import TAIL_SHARDS, tails

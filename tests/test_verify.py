@@ -153,3 +153,126 @@ def test_a_cache_that_was_given_must_have_the_root_that_was_named(cache: tuple[P
     file.write_text(file.read_text().replace("tiny/teacher", "tiny/preacher"))
     sealed_again(path)
     assert "--expect" in place.pipeline("fit-projection", CONFIG, *given, "--expect", root, status=2)
+
+
+def begun(path: Path) -> None:
+    """As if the stage had been killed just before the end."""
+    (path / "manifest.json").unlink()
+
+
+def with_its_own_hash(file: Path, value: dict[str, object]) -> None:
+    body = {key: part for key, part in value.items() if key != "self"}
+    write_json(file, body | {"self": folders._self_hash(body)})
+
+
+def test_a_stray_file_in_an_unfinished_cache_becomes_no_part_of_it(cache: tuple[Place, Path]):
+    place, path = cache
+    begun(path)
+    for name in (".DS_Store", "more.parquet", "logits 1.parquet"):
+        (path / name).write_bytes(b"x")
+    place.pipeline("cache-teacher", CONFIG)
+    assert place.pipeline("cache-teacher", CONFIG).startswith("cache-teacher: already done")
+    assert not {".DS_Store", "more.parquet", "logits 1.parquet"} & json.loads((path / "manifest.json").read_text())["files"].keys()
+    place_stdout(place, 2, "verify", str(path), "--repair")
+    place.pipeline("cache-teacher", CONFIG)
+    assert "Everything" in place.pipeline("verify", str(path))
+
+
+def test_a_damaged_head_in_an_unfinished_cache_is_made_anew(place: Place):
+    options = ["--set", "targets.logits={keep: 16, hidden: int8}"]
+    place.pipeline("prepare-data", CONFIG, *options)
+    path = place.path / place.json("cache-teacher", CONFIG, *options)["folder"]
+    sound = (path / "head.safetensors").read_bytes()
+    begun(path)
+    (path / "head.safetensors").write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert "head.safetensors" in place_stdout(place, 1, "verify", str(path))
+    place.pipeline("cache-teacher", CONFIG, *options)
+    assert (path / "head.safetensors").read_bytes() == sound
+    place.pipeline("verify", str(path), "--deep")
+
+
+@pytest.mark.parametrize("name", ["../../../victim.txt", "/tmp/victim.txt", ".hidden", "a/b/c", "a b"])
+def test_a_commit_that_names_a_file_elsewhere_touches_nothing(cache: tuple[Place, Path], name: str):
+    place, path = cache
+    begun(path)
+    victim = place.path / "victim.txt"
+    victim.write_text("mine")
+    record = path / "commits" / "00001.json"
+    commit = json.loads(record.read_text())
+    with_its_own_hash(record, commit | {"files": {name: {"size": 4, "sha256": "0" * 64}}})
+    assert "which no stage writes" in place_stdout(place, 1, "verify", str(path))
+    place.pipeline("cache-teacher", CONFIG)
+    assert victim.read_text() == "mine"
+    assert "Everything" in place.pipeline("verify", str(path))
+
+
+def test_somebody_elses_folder_among_the_runs_is_not_taken_over_by_names_that_lead_elsewhere(cache: tuple[Place, Path]):
+    place, path = cache
+    commit = json.loads((path / "commits" / "00000.json").read_text())
+    foreign = path.parent / ("0" * 16)
+    (foreign / "commits").mkdir(parents=True)
+    with_its_own_hash(foreign / "commits" / "00000.json", commit | {"files": {f"../../../pwned_{name}": entry for name, entry in commit["files"].items()}})
+    shutil.rmtree(path)
+    place.pipeline("cache-teacher", CONFIG)
+    assert not list(place.path.rglob("pwned*"))
+    assert "Everything" in place.pipeline("verify", str(path))
+
+
+@pytest.mark.parametrize(
+    "body", [{"format": 1}, {"format": 1, "files": []}, {"format": 1, "files": {"x": 5}}, {"format": 1, "files": {}, "stage": 3}, {"format": 1, "files": {"a": {"size": -1, "sha256": "0" * 64}}}]
+)
+def test_a_manifest_of_another_shape_is_refused_whatever_its_hash(cache: tuple[Place, Path], body: dict[str, object]):
+    place, path = cache
+    with_its_own_hash(path / "manifest.json", body)
+    assert "Do not use this folder" in place_stdout(place, 1, "verify", str(path))
+    assert "Do not use this folder" in place.pipeline("fit-projection", CONFIG, "--use", f"cache-teacher={path}", status=1)
+
+
+@pytest.mark.parametrize("name", ["commits/00001.json", "manifest.json", "cache.json", "logits-00001.parquet"])
+def test_a_folder_in_a_files_place_is_damage_that_repair_and_a_rerun_mend(cache: tuple[Place, Path], name: str):
+    place, path = cache
+    (path / name).unlink()
+    (path / name).mkdir()
+    assert name in place_stdout(place, 1, "verify", str(path))
+    place_stdout(place, 1, "verify", str(path), "--repair")
+    place.pipeline("cache-teacher", CONFIG)
+    assert "Everything" in place.pipeline("verify", str(path))
+
+
+def test_a_link_to_a_folder_is_told_and_repaired_with_the_promised_exit_status(cache: tuple[Place, Path]):
+    place, path = cache
+    (path / "stray").symlink_to("/etc")
+    assert "stray is not listed" in place_stdout(place, 2, "verify", str(path))
+    assert "quarantine" in place_stdout(place, 2, "verify", str(path), "--repair")
+    place.pipeline("cache-teacher", CONFIG)
+    assert "Everything" in place.pipeline("verify", str(path))
+
+
+def test_status_shows_its_table_though_what_a_stage_is_built_on_is_damaged(cache: tuple[Place, Path]):
+    place, path = cache
+    begun(path)
+    groups = place.finished("prepare-data").path / "groups.json"
+    groups.write_text(groups.read_text() + "x")
+    assert [row["stage"] for row in place.json("status", CONFIG)["stages"]][:2] == ["prepare-data", "cache-teacher"]
+
+
+def test_weights_that_change_between_hashing_and_the_stage_make_nothing(own: Place, monkeypatch: pytest.MonkeyPatch):
+    """The folder's name was made from the file as it was before."""
+    from pipeline.running.runner import Runner
+
+    own.pipeline("prepare-data", CONFIG)
+    weights = own.path / "tiny" / "teacher" / "model.safetensors"
+    real = Runner.needs
+    changed = []
+
+    def late(self: Runner, stage: object) -> object:
+        if getattr(stage, "name", "") == "cache-teacher" and "cache-teacher" in self._identities and not changed:
+            data = bytearray(weights.read_bytes())
+            data[-1] ^= 1
+            weights.write_bytes(data)
+            changed.append(True)
+        return real(self, stage)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Runner, "needs", late)
+    assert "changed while it ran" in own.pipeline("cache-teacher", CONFIG, status=1)
+    assert not list((own.path / "runs").glob("cache-teacher/*/commits/0*.json"))

@@ -1,6 +1,7 @@
 """A run's folder: <runs>/<stage>/<fingerprint>/.
 
-    plan.json             how much there is to do, written first
+    key.json              the identity: all that shapes the result; written first
+    plan.json             how much there is to do
     claims/               who works on what; nothing is believed because of them
     commits/NAME.json     one per finished piece (a shard, a checkpoint): size and SHA-256 of its files, and of itself
     quarantine/           what was damaged and has been, or is to be, made anew
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DamageError, Disagreement, InputError
+from pipeline.errors import DamageError, Disagreement, InputError, PipelineError
 from pipeline.files import UNFINISHED, appears_whole, as_json, make_folder, read_json, remove_unfinished, sha256_of, stats, sync, write_json
 from pipeline.running.claims import Claims
 from pipeline.running.fingerprint import Identity
@@ -34,7 +35,7 @@ SCRATCH = ("checkpoints", "tensorboard")
 """Folders that are useful while a stage runs, or to look at, but no part of its result."""
 PLAIN_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 """A file, or a file in a folder: nothing that leads elsewhere, and nothing hidden."""
-OWN = ("claims", "commits", "quarantine", "manifest.json", "plan.json")
+OWN = ("claims", "commits", "quarantine", "manifest.json", "plan.json", "key.json")
 """What the folder keeps for itself."""
 POLL = 1.0
 """Seconds between two looks at what other processes have finished."""
@@ -50,6 +51,7 @@ class RunFolder:
     def __init__(self, path: Path, writers: str = "one", settings: str = "") -> None:
         self.path = path
         self.settings = settings
+        self._kept: list[str] = []
         self.before_commit: Callable[[], None] = lambda: None
         """Called before anything is vouched for; may raise."""
         make_folder(path / "commits")
@@ -115,12 +117,15 @@ class RunFolder:
         files = renamed(list(commit["files"]))
         if not files or any(problem(folder / file, commit["files"][file]) for file in files):
             return False
-        for file, here in files.items():
-            with appears_whole(self.path / here, absent=True) as temporary:
-                try:
-                    os.link(folder / file, temporary)
-                except OSError:
-                    shutil.copyfile(folder / file, temporary)
+        try:
+            for file, here in files.items():
+                with appears_whole(self.path / here, absent=True) as temporary:
+                    try:
+                        os.link(folder / file, temporary)
+                    except OSError:
+                        shutil.copyfile(folder / file, temporary)
+        except FileExistsError:  # another process has made it otherwise: that will be seen when it is made here
+            return False
         self.commit(name, {here: {key: value for key, value in commit["files"][file].items() if key not in ("size", "sha256")} for file, here in files.items()}, **commit["info"])
         return True
 
@@ -200,6 +205,13 @@ class RunFolder:
             for file in files:
                 (self.path / file).unlink(missing_ok=True)
 
+    def keep(self, *names: str) -> None:
+        """Files, or folders, that belong to the result and to no piece: written anew by this process, and vouched for by `seal`."""
+        self._kept += names
+
+    def sealed(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
     def seal(self, stage: str, fingerprint: str, identity: Identity, summary: dict[str, Any], machine: dict[str, Any]) -> None:
         """Write the manifest: the run is finished. Disagreement if somebody has finished it with other files."""
         remove_unfinished(self.path)
@@ -207,11 +219,12 @@ class RunFolder:
         for name in _commit_names(self.path):
             commit = _read_commit(self.path, name)
             files |= {file: entry for file, entry in commit["files"].items() if not file.startswith(SCRATCH)}
-        for file in sorted(self.path.rglob("*")):
-            relative = file.relative_to(self.path)
-            if file.is_file() and not file.name.startswith(UNFINISHED) and relative.parts[0] not in (*SCRATCH, *OWN):
-                files.setdefault(relative.as_posix(), {})
-        files = {file: entry or describe(self.path / file) for file, entry in sorted(files.items())}
+        for name in self._kept:
+            place = self.path / name
+            files |= {file.relative_to(self.path).as_posix(): describe(file) for file in ([place] if place.is_file() else sorted(place.rglob("*"))) if file.is_file()}
+        files = dict(sorted(files.items()))
+        if wrong := _misshapen(files):
+            raise PipelineError(f"{self.path}: {wrong}, and nobody could read that.")
         body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity}
         body |= {"files": files, "root": root(fingerprint, files), "summary": summary, "machine": machine}
         try:
@@ -282,10 +295,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path / "manifest.json")
     if not _fits(path / "manifest.json", manifest):
         raise DamageError(f"{path / 'manifest.json'} is damaged (its own hash does not fit). Copy it anew, or remove it and run the stage again.")
-    if manifest["format"] != FORMAT:
-        raise DamageError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}. Use the version that wrote it.")
-    if bad := [name for name in manifest["files"] if not PLAIN_NAME.fullmatch(name)]:
-        raise DamageError(f"{path / 'manifest.json'} names a file {bad[0]!r}, which no stage writes. Do not use this folder.")
+    if manifest.get("format") != FORMAT:
+        raise DamageError(f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}. Use the version that wrote it.")
+    kinds = {"stage": str, "fingerprint": str, "identity": dict, "summary": dict, "machine": dict}
+    wrong = _misshapen(manifest.get("files")) or next((f"'{key}' is missing or no {kind.__name__}" for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)), None)
+    if wrong or not all(isinstance(manifest["identity"].get(key), kind) for key, kind in (("stage", str), ("sections", dict), ("needs", dict))):
+        raise DamageError(f"{path / 'manifest.json'}: {wrong or 'its identity is none'}. Do not use this folder.")
     return manifest
 
 
@@ -308,7 +323,7 @@ def progress(path: Path) -> dict[str, Any] | None:
     except (DamageError, TypeError, KeyError, ValueError):
         unit, total = "shards", 0  # the stage writes it anew; what is done is in the commits
     names = _commit_names(path)
-    done = len(names) if unit == "shards" else max((int(name.rpartition("-")[2]) for name in names), default=0)
+    done = sum(name.isdigit() for name in names) if unit == "shards" else max((int(name.rpartition("-")[2]) for name in names), default=0)
     return {"done": done, "total": total, "unit": unit}
 
 
@@ -381,7 +396,7 @@ def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findi
         if contradicting := [file for file, entry in commit["files"].items() if file in listed and listed[file]["sha256"] != entry["sha256"]]:
             found.untrusted[f"commits/{name}.json"] = f"says something else of {contradicting[0]} than manifest.json"
             foreign.append(name)
-        known |= commit["files"].keys()
+        known |= commit["files"].keys() if not finished else set()
         for file in commit["files"]:
             listed.pop(file, None)
     if foreign != _commit_names(path):  # if all contradict the manifest, then that is the foreign one
@@ -390,7 +405,7 @@ def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findi
         found.look(path, file, entry, fast)
     for file in sorted(path.rglob("*")) if finished and "manifest.json" not in (found.damaged | found.unchecked) else []:
         name = file.relative_to(path).as_posix()
-        if not file.is_dir() and name not in known and name.split("/")[0] not in (*SCRATCH, *OWN) and not file.name.startswith(UNFINISHED):
+        if (file.is_symlink() or not file.is_dir()) and name not in known and name.split("/")[0] not in (*SCRATCH, *OWN) and not file.name.startswith(UNFINISHED):
             found.untrusted[name] = "is not listed in manifest.json"
     return found
 
@@ -452,7 +467,21 @@ def _read_commit(path: Path, name: str) -> dict[str, Any]:
     commit = read_json(file)
     if not _fits(file, commit):
         raise DamageError(f"{file} is damaged (its own hash does not fit)")
+    if not isinstance(commit.get("name"), str) or not isinstance(commit.get("info"), dict) or _misshapen(commit.get("files")):
+        raise DamageError(f"{file} is no commit: {_misshapen(commit.get('files')) or 'it lacks its name'}. Do not use this folder.")
     return commit
+
+
+def _misshapen(files: Any) -> str | None:
+    """What keeps this from being a list of files inside a folder, with their sizes and hashes."""
+    if not isinstance(files, dict):
+        return "it names no files"
+    for name, entry in files.items():
+        if not PLAIN_NAME.fullmatch(name):
+            return f"it names a file {name!r}, which no stage writes"
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or entry["size"] < 0 or not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
+            return f"it does not say the size and SHA-256 of {name}"
+    return None
 
 
 def _fits(file: Path, value: Any) -> bool:

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.errors import DamageError, InputError, Mismatch, NotFinished, PipelineError
+from pipeline.files import read_json, write_json
 from pipeline.running.code import version_of
 from pipeline.running.contents import Contents, changed, model_folder
 from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named, settings_digest
@@ -146,12 +148,15 @@ class Runner:
         out = RunFolder(folder, writers="none" if not is_main else "several" if stage.several else "one", settings=self._settings_digest(stage))
         try:
             self.say(f"{name}: {folder}")
+            if is_main:
+                write_json(folder / "key.json", self.identity(stage))
             started = time.monotonic()
             self._contents.seen.clear()
-            self._recomputed(stage)
+            if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
+                raise PipelineError(f"A file or model that {name} reads changed while it ran, before anything was made from it. Run the command again.")
             out.before_commit = partial(self._refuse_changed, name, dict(self._contents.seen))
             summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
-            if is_main:
+            if is_main and not out.sealed():  # by another process
                 out.before_commit()
                 if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
                     raise PipelineError(f"What {name} reads changed while it ran (files were added), so its result is not kept as finished. Run the command again.")
@@ -177,8 +182,9 @@ class Runner:
             else:
                 state = "missing"
             row = {"stage": stage.name, "state": state, "folder": str(folder), "nearest": None if state == "done" else self._nearest(stage)}
-            if state != "done" and stage.pieces and all(self.is_finished(need) for need in self.needs(stage)):
-                row["reusable"] = self._reusable(stage)
+            with suppress(DamageError):  # of what it is built on, which has a row of its own
+                if state != "done" and stage.pieces and all(self.is_finished(need) for need in self.needs(stage)):
+                    row["reusable"] = self._reusable(stage)
             rows.append(row)
         return rows
 
@@ -215,16 +221,18 @@ class Runner:
     def _nearest(self, stage: Stage) -> dict[str, Any] | None:
         mine = self.identity(stage)
         found: list[tuple[int, str, list[str]]] = []
-        for manifest in sorted((self.runs / stage.folder).glob("*/manifest.json")):
+        runs = self.runs / stage.folder
+        for folder in sorted({file.parent for name in ("key.json", "manifest.json") for file in runs.glob(f"*/{name}")} - {self.folder(stage)}):
             try:
-                differs = differing_keys(mine, read_manifest(manifest.parent)["identity"])
-            except DamageError:
+                identity = read_manifest(folder)["identity"] if (folder / "manifest.json").exists() else read_json(folder / "key.json")
+                differs = differing_keys(mine, identity)
+            except (DamageError, KeyError, TypeError, AttributeError):
                 continue  # another run's damage is not in the way of this one
-            found.append((len(differs), str(manifest.parent), differs))
+            found.append((len(differs), str(folder), differs))
         if not found:
             return None
-        _, folder, differs = min(found)
-        return {"folder": folder, "differs": differs}
+        _, nearest, differs = min(found)
+        return {"folder": nearest, "differs": differs}
 
     def _reusable(self, stage: Stage) -> dict[str, int]:
         """How many pieces there are, and how many of them some run has made already."""
@@ -238,7 +246,7 @@ class Runner:
 
     def _hint(self, stage: Stage) -> str:
         nearest = self._nearest(stage)
-        return f" (The nearest finished one, {nearest['folder']}, differs in: {', '.join(nearest['differs'])}.)" if nearest else ""
+        return f" (The nearest one, {nearest['folder']}, differs in: {', '.join(nearest['differs'])}.)" if nearest else ""
 
     def _report(self, stage: Stage, state: str, summary: dict[str, Any]) -> dict[str, Any]:
         folder = self.folder(stage)

@@ -50,6 +50,7 @@ def train(path: Path) -> None:
         with appears_whole(path / "student") as temporary:
             temporary.mkdir()
             (temporary / "model.bin").write_bytes(content("student"))
+        out.keep("student")
         out.seal("train-student", "0" * 16, IDENTITY, {}, {})
     finally:
         out.close()
