@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from pipeline.running.folder import FinishedFolder
 from stages.cli import main
@@ -39,15 +39,18 @@ class Place:
 
     def pipeline(self, *words: str, status: int = 0) -> str:
         """Its stdout, or its stderr where it must fail. `words` as on the command line; runs in this process."""
-        before = Path.cwd()
-        os.chdir(self.path)
-        try:
-            result = CliRunner().invoke(main, list(words))
-        finally:
-            os.chdir(before)
+        result = self.invoke(*words)
         assert result.exit_code == status, f"{words} gave {result.exit_code}\n{result.stdout}\n{result.stderr}"
         assert "Traceback" not in result.stderr, result.stderr
         return result.stdout if status == 0 else result.stderr
+
+    def invoke(self, *words: str) -> Result:
+        before = Path.cwd()
+        os.chdir(self.path)
+        try:
+            return CliRunner().invoke(main, list(words))
+        finally:
+            os.chdir(before)
 
     def json(self, *words: str) -> Any:
         return json.loads(self.pipeline(*words, "--json"))

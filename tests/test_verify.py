@@ -55,18 +55,7 @@ def test_a_wrong_size_is_seen_fast_and_a_flipped_bit_is_not(cache: tuple[Place, 
 
 def place_stdout(place: Place, status: int, *words: str) -> str:
     """What is printed when the exit status is not 0."""
-    import os
-
-    from click.testing import CliRunner
-
-    from stages.cli import main
-
-    before = Path.cwd()
-    os.chdir(place.path)
-    try:
-        result = CliRunner().invoke(main, list(words))
-    finally:
-        os.chdir(before)
+    result = place.invoke(*words)
     assert result.exit_code == status, result.output
     return result.stdout
 
