@@ -152,14 +152,12 @@ class Runner:
                 write_json(folder / "key.json", self.identity(stage))
             started = time.monotonic()
             self._contents.seen.clear()
-            if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
-                raise PipelineError(f"A file or model that {name} reads changed while it ran, before anything was made from it. Run the command again.")
+            self._refuse_other_inputs(stage)
             out.before_commit = partial(self._refuse_changed, name, dict(self._contents.seen))
             summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
             if is_main and not out.sealed():  # by another process
                 out.before_commit()
-                if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
-                    raise PipelineError(f"What {name} reads changed while it ran (files were added), so its result is not kept as finished. Run the command again.")
+                self._refuse_other_inputs(stage)
                 out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), summary, self._machine(time.monotonic() - started))
         finally:
             out.close()
@@ -189,6 +187,11 @@ class Runner:
         return rows
 
     # --- inside ---
+
+    def _refuse_other_inputs(self, stage: Stage) -> None:
+        """PipelineError unless the inputs are those that the folder is named after."""
+        if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
+            raise PipelineError(f"What {stage.name} reads changed while it ran, so nothing more is made from it. Run the command again.")
 
     def _refuse_changed(self, name: str, seen: dict[Path, list[int]]) -> None:
         if files := changed(seen):
