@@ -231,6 +231,15 @@ class Objective(Named):
         return "teacher" in parameters("losses", self.loss)[0]
 
 
+class Validation(Section):
+    every: Positive
+    """Optimizer steps between two looks."""
+    records: Positive = 64
+    """Training records that are put aside for it, spread over the cache; the held-out ones stay unseen until `evaluate`."""
+    keep: Literal["best", "last"] = "best"
+    """Which student is the result: the one with the lowest validation loss, or the last."""
+
+
 class Training(Section):
     objective: Annotated[list[Objective], Field(min_length=1)] = [Objective(loss="forward_kl", weight=0.7), Objective(loss="cross_entropy", weight=0.3)]
     temperature: Scheduled = Schedule.constant(1.0)
@@ -248,6 +257,8 @@ class Training(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
     seed: Annotated[int, Field(ge=0)] = 0
+    validation: Validation | None = None
+    """The objective, at the last temperature and with `tail: rest`, on records that are not trained on."""
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
@@ -284,6 +295,9 @@ class Machine(Section):
     """Threads that make the next batches ready while the model computes."""
     max_rejected: Share = 0.001
     """When the teacher's logits are not finite on more than this share of the records, cache-teacher stops."""
+    numerics: Literal["tolerant", "strict"] = "tolerant"
+    """strict: cache-teacher adds no shard to a cache whose other shards were made on another kind of device, with another batch
+    size, number of threads or version of torch. tolerant: it does, and the manifest says so."""
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
     """Optimizer steps between two checkpoints."""

@@ -1,8 +1,9 @@
 """Records to what the teacher says of them: render, forward, keep the strongest, write a shard, go on."""
 
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,10 +18,10 @@ from pipeline.cache.schema import FORMAT, Logits
 from pipeline.cache.writer import Background, Shard, write_vocabulary
 from pipeline.config import Data, Machine, Targets, Teacher
 from pipeline.config import Logits as LogitsSettings
-from pipeline.errors import InputError, NumericsError
+from pipeline.errors import InputError, Mismatch, NumericsError, PipelineError
 from pipeline.files import appears_whole, read_json, write_json
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
-from pipeline.models.loading import device_named, load_teacher
+from pipeline.models.loading import device_named, load_teacher, numerics_of
 from pipeline.models.memory import PeakMemory
 from pipeline.models.teacher import Question, Tail, said_of
 from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
@@ -48,13 +49,16 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     vocabulary = tokenizer.vocabulary
     wanted = targets.logits
     shards = {shard.name: shard for shard in planned_shards(out.settings, prepared.file, with_tails=wanted.method == "head")}
-    made = out.made_elsewhere()
+    strict = machine.numerics == "strict"
+    made = {} if strict else out.made_elsewhere()
     out.plan("shards", len(shards))
     form = _form(wanted, len(vocabulary))
     loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out))
     records = prepared.summary["train"] + prepared.summary["heldout"]
     progress = Progress("cache-teacher", total=len(shards), done=len(shards.keys() & out.names()), unit="shards")
 
+    same: set[str] = set()
+    room_checked = False
     with Background() as writing:  # a shard is written while the teacher reads the next one
         started = time.monotonic()
         for name in out.pieces(list(shards), writing.check, {name: shard.key for name, shard in shards.items()}):
@@ -66,6 +70,11 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
             rendered = [fitted for record in here for fitted in _fitted(record, shard.split, tokenizer, data.max_tokens)]
             asked = [example for example in rendered if example is not None]
             word = loaded()
+            if strict:
+                there = shards.keys() & set(out.names())
+                _refuse_mixed(out, there - same, word.numerics)
+                same |= there
+            room_checked = room_checked or _check_room(out, shards)
             rejected: list[dict[str, Any]] = []
             while True:
                 tail = Tail(wanted.temperatures, word.head.vocabulary_size, word.device) if shard.tail else None
@@ -84,6 +93,8 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         loaded()
 
     committed = [out.info(name) for name in shards]
+    if strict:
+        _refuse_mixed(out, shards, committed[0]["numerics"])
     if out.sealed():  # by another process
         return _summary(committed)
     write_vocabulary(out.path / "vocabulary.parquet", vocabulary)
@@ -174,8 +185,33 @@ def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Mach
         classes=len(CLASSES),
         hidden=wanted.hidden is not None,
     )
-    numerics = {"device": str(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records, "threads": torch.get_num_threads()}
+    numerics = {**numerics_of(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records}
     return _Loaded(head, question, memory, device, machine.teacher_batch_records, numerics)
+
+
+def _refuse_mixed(out: RunFolder, shards: Iterable[str], numerics: dict[str, Any]) -> None:
+    for name in sorted(shards):
+        theirs = out.info(name)["numerics"]
+        if other := [f"{key} {theirs.get(key)} (here {value})" for key, value in numerics.items() if theirs.get(key) != value]:
+            raise Mismatch(
+                f"machine.numerics is strict, and shard {name} of {out.path} was made with {', '.join(other)}. Go on where, and as, it was made; "
+                "or set machine.numerics to tolerant, and the manifest will say that the cache is mixed."
+            )
+
+
+def _check_room(out: RunFolder, shards: Iterable[str]) -> bool:
+    """False as long as there is no shard to judge by."""
+    names = set(shards)
+    done = names & set(out.names())
+    if done:
+        size = sum(file.stat().st_size for name in done for file in out.path.glob(f"*-{name}.parquet"))
+        needed, free = 1.1 * size / len(done) * (len(names) - len(done)), shutil.disk_usage(out.path).free
+        if needed > free:
+            raise PipelineError(
+                f"The {len(names) - len(done)} shards that are missing need about {needed / 1e9:.3g} GB, and there are {free / 1e9:.3g} GB free where {out.path} lies. "
+                "Free some space, or give another place with --runs; what was finished is kept."
+            )
+    return bool(done)
 
 
 def _without(asked: list[Asked], error: NumericsError, rejected: list[dict[str, Any]]) -> list[Asked]:

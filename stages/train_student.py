@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable, Set
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,9 +15,9 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.cache.projected import StudentView, read_projection
-from pipeline.cache.reader import Cache, Place
+from pipeline.cache.reader import Cache, Example, Place
 from pipeline.config import Machine, Student, Training
-from pipeline.errors import InputError, NumericsError, Stopped
+from pipeline.errors import DamageError, InputError, NumericsError, Stopped
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
 from pipeline.models.heads import KeptHead, row_logits, rows_that_are_tokens
@@ -49,7 +51,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
     fitted = read_projection(inputs["fit-projection"].file("projection.parquet"))
     view = StudentView(cache, fitted, tokenizer.render, tokenizer.digest())
-    order = Order(cache, training.seed, training.batch_records)
+    watched = _put_aside(cache, training)
+    order = Order(cache, training.seed, training.batch_records, set(watched))
     with_teacher = any(part.needs_teacher for part in objective)
     hottest = max(training.temperature.start, training.temperature.end)
     if with_teacher and hottest > max(cache.temperatures):
@@ -59,7 +62,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if with_teacher and hottest > 1 and cache.about["method"] == "sampled":
         raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
     _check_specialties(training, cache.about["specialties"])
-    steps = _steps(training, cache.count("train"))
+    steps = _steps(training, order.count)
 
     model = load_student(source, student.revision, student.layers, accelerator.device)
     if machine.gradient_checkpointing:
@@ -70,29 +73,54 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     student_id = torch.from_numpy(fitted.projection.student_id.astype("int64")).to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
-    def batches_of(step: int) -> list[Batch]:
-        """This process's micro-batches of a step, records of like length together."""
-        examples = [cache.example(place) for place in order.of_step(step)[accelerator.process_index :: accelerator.num_processes]]
+    def batches_of(examples: Iterable[Example], temperature: float) -> list[Batch]:
+        """Micro-batches, records of like length together."""
         rendered = sorted(((view.tokens(example), example) for example in examples), key=lambda pair: len(pair[0]))
         batches = []
         for begin_at in range(0, len(rendered), machine.student_micro_batch_records):
             micro = rendered[begin_at : begin_at + machine.student_micro_batch_records]
             words = [view.projected(example, tokens) if with_teacher else None for tokens, example in micro]
             weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
-            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, _temperature(training, step, steps)))
+            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature))
         return batches
+
+    def of_this_process(places: list[Place]) -> list[Example]:
+        return [cache.example(place) for place in places[accelerator.process_index :: accelerator.num_processes]]
+
+    def batches_of_step(step: int) -> list[Batch]:
+        return batches_of(of_this_process(order.of_step(step)), _temperature(training, step, steps))
+
+    def total_of(batches: list[Batch]) -> torch.Tensor:
+        none = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        return accelerator.reduce(sum((mass(batch) for batch in batches), none), "sum")
+
+    @torch.no_grad()
+    def validated() -> float:
+        """The objective on what was put aside."""
+        module.eval()
+        here = [batch.to(accelerator.device) for batch in aside]
+        total, loss = total_of(here), torch.zeros((), device=accelerator.device)
+        for batch in here:
+            with accelerator.autocast():
+                logits = module(batch.ids, batch.rows)
+            loss += loss_of([replace(part, tail="rest") for part in objective], batch, logits, total)[0]
+        module.train()
+        value = float(accelerator.reduce(loss, "sum"))
+        if not math.isfinite(value):
+            raise NumericsError(f"The validation loss is {value}. The last checkpoint is kept. Try a lower training.learning_rate, or `precision: fp32`.")
+        return value
 
     out.plan("steps", steps)
     state = calibration.state if calibration else {}
-    begin = _resume(out, module, optimizer, state)
+    begin = _resume(out, module, optimizer, state, accelerator.is_main_process)
+    aside = batches_of(of_this_process(watched), training.temperature.end)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
 
-    for step, batches in one_by_one(zip(range(begin, steps), made_ahead(batches_of, range(begin, steps), machine.workers), strict=True)):
+    for step, batches in one_by_one(zip(range(begin, steps), made_ahead(batches_of_step, range(begin, steps), machine.workers), strict=True)):
         torch.manual_seed(_seed(training.seed, step, accelerator.process_index))
         here = [batch.to(accelerator.device) for batch in batches]
-        total = torch.stack([mass(batch) for batch in here]).sum(0) if here else torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        total = accelerator.reduce(total, "sum")
+        total = total_of(here)
         sums = torch.zeros(len(objective) + 2, device=accelerator.device)
         for batch in here:
             with accelerator.autocast():
@@ -120,17 +148,21 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             calibration.step(_temperature(training, step, steps), accelerator)
 
         losses = {part.name: value for part, value in zip(objective, sums[1:-1].tolist(), strict=True)}
+        if training.validation and ((step + 1) % training.validation.every == 0 or step + 1 == steps):
+            losses["validation"] = validated()
         log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=_temperature(training, step, steps), gradient_norm=float(norm))
         progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
         stops = bool(sums[-1] > 0) and step + 1 < steps
-        if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 == steps or stops):
+        if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 in (steps, log.best) or stops):
             log.flush()
-            _checkpoint(out, step + 1, module, optimizer, state)
+            _checkpoint(out, step + 1, module, optimizer, state, log.best)
         if stops:
             raise Stopped
     log.close()
 
     if accelerator.is_main_process:
+        if log.best and training.validation and training.validation.keep == "best":
+            load_checkpoint(_file(out, log.best), module, optimizer, state)
         with appears_whole(out.path / "student") as folder:
             model.save_pretrained(folder)
             tokenizer.tokenizer.save_pretrained(folder)
@@ -139,15 +171,17 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             (folder / "README.md").write_text(model_card(student.model, cache.about["teacher"] if with_teacher else None, identity), encoding="utf-8")
     accelerator.wait_for_everyone()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"steps": steps, "records": cache.count("train"), "parameters": parameters, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
+    summary = {"steps": steps, "records": order.count, "parameters": parameters, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
+    return summary | ({"best_step": log.best} if log.best else {})
 
 
 class Order:
     """Which examples an optimizer step takes: epoch after epoch in a seeded order, batches running across their ends."""
 
-    def __init__(self, cache: Cache, seed: int, batch_records: int) -> None:
-        self._cache, self._seed, self._size = cache, seed, batch_records
-        self._count = cache.count("train")
+    def __init__(self, cache: Cache, seed: int, batch_records: int, aside: Set[Place]) -> None:
+        """aside: records that no step takes."""
+        self._cache, self._seed, self._size, self._aside = cache, seed, batch_records, aside
+        self.count = cache.count("train") - len(aside)
         self._epochs: dict[int, list[Place]] = {}
         self._lock = Lock()
 
@@ -156,10 +190,10 @@ class Order:
             return [self._at(index) for index in range(step * self._size, (step + 1) * self._size)]
 
     def _at(self, index: int) -> Place:
-        epoch, inside = divmod(index, self._count)
+        epoch, inside = divmod(index, self.count)
         if epoch not in self._epochs:
             self._epochs = {e: places for e, places in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = self._cache.order("train", self._seed, epoch)
+            self._epochs[epoch] = [place for place in self._cache.order("train", self._seed, epoch) if place not in self._aside]
         return self._epochs[epoch][inside]
 
 
@@ -170,13 +204,17 @@ class Log:
         self._path = folder / "metrics.jsonl"
         self._writes = writes
         if writes:
-            lines = self._path.read_text(encoding="utf-8").splitlines()[:begin] if self._path.exists() else []
+            lines = _lines(folder)[:begin]
             with appears_whole(self._path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             self._file = self._path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
+        self.best, self._lowest = _best(_lines(folder)[:begin])
+        """The step with the lowest validation loss so far."""
 
     def write(self, step: int, **values: float) -> None:
+        if values.get("validation", math.inf) < self._lowest:
+            self.best, self._lowest = step, values["validation"]
         if self._writes:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
@@ -194,8 +232,20 @@ class Log:
             self._board.close()
 
     def last(self) -> dict[str, float]:
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._writes else []
+        lines = _lines(self._path.parent) if self._writes else []
         return dict(json.loads(lines[-1])) if lines else {}
+
+
+def _lines(folder: Path) -> list[str]:
+    file = folder / "metrics.jsonl"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _best(lines: list[str]) -> tuple[int | None, float]:
+    """The first step with the lowest validation loss, and that."""
+    seen = [(values["validation"], values["step"]) for values in map(json.loads, lines) if "validation" in values]
+    lowest, step = min(seen, default=(math.inf, None))
+    return step, lowest
 
 
 def _check_specialties(training: Training, there: dict[str, int]) -> None:
@@ -242,18 +292,49 @@ def _calibration(cache: Cache, projection: Projection, student_size: int, device
     return Calibration(placed_means(tail.log_means, projection, student_size), cache.temperatures, device)
 
 
-def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> int:
-    """Go on from the newest checkpoint that is what was written; gives the number of steps done."""
+def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], writes: bool) -> int:
+    """Go on from the newest checkpoint that is what was written, as the best one up to it must be; gives the number of steps done."""
     names = out.committed()
-    if not names:
-        return 0
-    load_checkpoint(out.path / "checkpoints" / f"{names[-1]}.safetensors", module, optimizer, state)
-    return int(names[-1].removeprefix("step-"))
+    while names:
+        step = int(names[-1].removeprefix("step-"))
+        lines = _lines(out.path)[:step]
+        if out.info(names[-1]).get("metrics") != _digest(lines):
+            raise DamageError(f"{out.path / 'metrics.jsonl'} is not the log that belongs to {names[-1]}. Put it back, or remove {out.path} to train anew.")
+        best, _ = _best(lines)
+        if best is None or _name(best) in names:
+            load_checkpoint(_file(out, step), module, optimizer, state)
+            return step
+        if writes:  # the best one was damaged, and is made again
+            out.withdraw(names[-1])
+        names.pop()
+    return 0
 
 
-def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
-    name = f"step-{step:07d}"
-    save_checkpoint(out.path / "checkpoints" / f"{name}.safetensors", module, optimizer, state)
-    out.commit(name, {f"checkpoints/{name}.safetensors": {}})
+def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], best: int | None) -> None:
+    save_checkpoint(_file(out, step), module, optimizer, state)
+    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, metrics=_digest(_lines(out.path)))
     for old in out.names()[:-KEEP_CHECKPOINTS]:
-        out.withdraw(old)
+        if best is None or old != _name(best):
+            out.withdraw(old)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def _file(out: RunFolder, step: int) -> Path:
+    return out.path / "checkpoints" / f"{_name(step)}.safetensors"
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _put_aside(cache: Cache, training: Training) -> list[Place]:
+    """The training records to validate on: spread over the cache, and the same for every seed."""
+    if training.validation is None:
+        return []
+    wanted, there = training.validation.records, cache.count("train")
+    if wanted >= there:
+        raise InputError(f"training.validation.records: {wanted} are to be put aside, and the cache has {there} training records. Ask for fewer.")
+    return cache.order("train", 0, 0)[:: there // wanted][:wanted]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import stages.cache_teacher
 from pipeline.errors import NumericsError
 from pipeline.files import write_json
-from pipeline.running.folder import FinishedFolder
+from pipeline.running.folder import FinishedFolder, RunFolder
 from tests.conftest import CONFIG, Place
 
 SLOW_CACHE = ["--set", "data.records_per_shard=1", "--set", "machine.teacher_batch_records=1"]
@@ -541,7 +541,6 @@ def test_a_student_with_another_models_tokenizer_is_refused(own: Place):
 
 def test_a_second_process_on_the_same_folder_is_refused(place: Place):
     from pipeline.errors import InputError
-    from pipeline.running.folder import RunFolder
 
     first = RunFolder(place.path / "folder")
     with pytest.raises(InputError, match="Another process is writing"):
@@ -602,3 +601,33 @@ def test_no_secret_of_the_environment_or_of_a_setting_is_written_down(place: Pla
     assert not [value for value in canaries.values() if value.encode() in written]
     assert b"tiny/teacher" in written  # the control: what is in a setting is found
     assert b"hunter2canary" not in written
+
+
+def test_strict_numerics_refuse_to_mix_and_tolerant_ones_say_so(place: Place, monkeypatch: pytest.MonkeyPatch):
+    strict, batch = ["--set", "machine.numerics=strict"], ["--set", "machine.teacher_batch_records=3"]
+    place.pipeline("prepare-data", CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.cache_teacher, "_check_room", interrupted_once_there_is_a_shard)
+        place.pipeline("cache-teacher", CONFIG, *strict, status=1)
+    told = place.pipeline("cache-teacher", CONFIG, *strict, *batch, status=2)
+    assert "batch_records" in told
+    assert "(here 3)" in told
+    shutil.copytree(place.path / "runs", place.path / "same")
+    assert not place.json("--runs", "same", "cache-teacher", CONFIG, *strict)["summary"]["mixed_numerics"]
+    assert place.json("cache-teacher", CONFIG, *batch)["summary"]["mixed_numerics"]
+
+
+def interrupted_once_there_is_a_shard(out: RunFolder, shards) -> bool:
+    if set(out.names()) & set(shards):
+        raise KeyboardInterrupt
+    return False
+
+
+def test_a_cache_that_will_not_fit_is_refused_after_its_first_shard(place: Place, monkeypatch: pytest.MonkeyPatch):
+    place.pipeline("prepare-data", CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+        told = place.pipeline("cache-teacher", CONFIG, status=1)
+    assert "need about" in told
+    assert "1e-07 GB free" in told
+    place.pipeline("cache-teacher", CONFIG)

@@ -22,6 +22,12 @@ def device_named(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def numerics_of(device: torch.device) -> dict[str, Any]:
+    """What the bits of a computation depend on besides its inputs, types and shapes: the kind of device, the threads, the library."""
+    about = {"cuda": lambda: "sm_{}{}".format(*torch.cuda.get_device_capability(device)), "cpu": torch.backends.cpu.get_cpu_capability}
+    return {"device": f"{device.type} {about[device.type]()}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def load_teacher(source: str, revision: str | None, quantization: str, double_quantization: bool, dtype: str, device: torch.device) -> PreTrainedModel:
     """The model for inference: NF4 or int8 through bitsandbytes (which runs on CUDA and on CPU), or as it is."""
     compute = getattr(torch, dtype)
