@@ -65,6 +65,7 @@ training:
   temperature: {{from: 2.0, to: 1.0, schedule: linear}}
   steps: 12
   learning_rate: {{from: 1.0e-3, to: 1.0e-4, schedule: cosine}}
+  validation: {{every: 4}}
 evaluation:
   benchmarks:
     - {{benchmark: perplexity}}
@@ -248,6 +249,9 @@ SETTINGS = [
     setting("training.max_gradient_norm", "2.0"),
     setting("training.precision", "fp32"),
     setting("training.seed", "1"),
+    setting("training.validation.every", "3"),
+    setting("training.validation.records", "8"),
+    setting("training.validation.keep", "last"),
     setting("evaluation.benchmarks.0.benchmark", "fidelity"),
     setting("evaluation.benchmarks.1.path", "tiny/other.jsonl"),
     setting("evaluation.benchmarks.1.fields.user", "title"),
@@ -703,6 +707,7 @@ OTHER_MACHINE = {
     "student_micro_batch_records": "2",
     "workers": "5",
     "max_rejected": "0.5",
+    "numerics": "strict",
     "gradient_checkpointing": "true",
     "checkpoint_steps": "1",
 }
