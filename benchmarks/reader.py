@@ -24,6 +24,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.schema import FORMAT, Logits
 from pipeline.cache.writer import Shard
 from pipeline.files import write_json
+from pipeline.running.fingerprint import fingerprint
 from pipeline.running.folder import FinishedFolder, RunFolder
 from pipeline.signals.projection import Projection
 from pipeline.signals.records import ANSWER, CONTENT, Record, Segment, Tokens
@@ -62,16 +63,18 @@ def make(folder: Path, positions: int, shards: int, kept: int) -> None:
     some = [example(number, kept) for number in range(min(records, 2000))]  # told apart by their ids
     listed = []
     out.plan("shards", shards)
-    for shard in range(shards):
+    for name in out.pieces([f"{shard:05d}" for shard in range(shards)]):
+        shard = int(name)
         numbers = range(shard * records // shards, (shard + 1) * records // shards)
         examples = [(Record(f"r{number}", some[number % len(some)][0].segments), *some[number % len(some)][1:]) for number in numbers]
         written = Shard(folder, shard, examples, form, keep_text=True)
-        out.commit(f"{shard:05d}", written.write())
+        out.commit(name, written.write())
         listed.append({"split": "train", "records": len(examples), "groups": written.groups()})
-    about = {"format": FORMAT, "teacher": "synthetic", "text": "keep", "method": "head", "temperatures": TEMPERATURES, "extras": ["entropy"], "vocabulary": "synthetic", "rendering": "synthetic"}
+    about = {"format": FORMAT, "text": "keep", "method": "head", "temperatures": TEMPERATURES, "extras": ["entropy"], "vocabulary": "synthetic", "rendering": "synthetic"}
     write_json(folder / "cache.json", about | {"vocabulary_size": VOCABULARY, "end_ids": [0], "tail_shards": [], "shards": listed})
     out.keep("cache.json")
-    out.seal("cache-teacher", "synthetic", {"stage": "cache-teacher", "version": 0, "sections": {}, "needs": {}}, {}, {})
+    identity = {"stage": "cache-teacher", "version": 0, "sections": {}, "needs": {}}
+    out.seal("cache-teacher", fingerprint(identity), identity, {}, {}, {})
     out.close()
 
 

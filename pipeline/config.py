@@ -9,7 +9,7 @@ result, and is in no fingerprint. Three keys always name something outside the Y
 import re
 from math import exp, isfinite, log
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +31,15 @@ class Named(BaseModel):
     """An entry that names a function in one of the library's folders; every further key is an option of that function."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    kind: ClassVar[str]
+    """The folder."""
+    field: ClassVar[str]
+    """The setting that has the function's name."""
+
+    @property
+    def file(self) -> str:
+        """Where the function is."""
+        return f"pipeline/{self.kind}/{getattr(self, self.field)}.py"
 
     @model_validator(mode="after")
     def _only_plain_values(self) -> "Named":
@@ -49,9 +58,10 @@ class Named(BaseModel):
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
-    def check(self, kind: str, name: str) -> None:
+    def check(self) -> None:
+        name = getattr(self, self.field)
         try:
-            _, known = parameters(kind, name)
+            _, known = parameters(self.kind, name)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         for key in self.options():
@@ -62,7 +72,17 @@ class Named(BaseModel):
                 raise ValueError(f"{name} needs the option '{key}'")
 
 
+def named_files(value: Any) -> list[str]:
+    """The files of the functions that a section names."""
+    if isinstance(value, Named):
+        return [value.file]
+    if isinstance(value, BaseModel):
+        return [file for name in type(value).model_fields for file in named_files(getattr(value, name))]
+    return [file for part in value for file in named_files(part)] if isinstance(value, list) else []
+
+
 class Dataset(Named):
+    kind, field = "datasets", "dataset"
     dataset: str
     """A file in pipeline/datasets/."""
     limit: Positive | None = None
@@ -76,7 +96,7 @@ class Dataset(Named):
 
     @model_validator(mode="after")
     def _check(self) -> "Dataset":
-        self.check("datasets", self.dataset)
+        self.check()
         return self
 
 
@@ -178,12 +198,13 @@ class TokenizerSource(Section):
 
 
 class Projection(Named):
+    kind, field = "projections", "method"
     method: str = "contextual"
     """A file in pipeline/projections/. With equal tokenizers it is always `identity`."""
 
     @model_validator(mode="after")
     def _check(self) -> "Projection":
-        self.check("projections", self.method)
+        self.check()
         return self
 
 
@@ -213,6 +234,7 @@ Scheduled = Annotated[Schedule, BeforeValidator(_number_is_constant)]
 
 
 class Objective(Named):
+    kind, field = "losses", "loss"
     loss: str
     """A file in pipeline/losses/."""
     weight: Annotated[float, Field(ge=0)] = 1.0
@@ -222,7 +244,7 @@ class Objective(Named):
 
     @model_validator(mode="after")
     def _check(self) -> "Objective":
-        self.check("losses", self.loss)
+        self.check()
         if self.tail != "rest" and not self.needs_teacher():
             raise ValueError(f"tail has no effect on {self.loss}, which does not ask for the teacher; leave it out")
         return self
@@ -272,12 +294,13 @@ class Training(Section):
 
 
 class Benchmark(Named):
+    kind, field = "benchmarks", "benchmark"
     benchmark: str
     """A file in pipeline/benchmarks/."""
 
     @model_validator(mode="after")
     def _check(self) -> "Benchmark":
-        self.check("benchmarks", self.benchmark)
+        self.check()
         return self
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -133,8 +134,8 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
-    """DamageError if it is no JSON that we would write: too large, too deep, a key given twice, NaN."""
+def read_json(path: Path, links: bool = False) -> Any:
+    """DamageError if it is no JSON that we would write: no file, too large, too deep, a key given twice, NaN. links: follow them."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -145,9 +146,10 @@ def read_json(path: Path) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no number")
 
-    if path.is_dir():
-        raise DamageError(f"{path} is damaged: it is a folder. Remove it and run the command again, or copy it anew.")
     try:
+        kind = (path.stat() if links else path.lstat()).st_mode
+        if not stat.S_ISREG(kind):  # a pipe would be waited for, and a device has no end
+            raise ValueError("it is no file" + (" but a link" if stat.S_ISLNK(kind) else " but a folder" if stat.S_ISDIR(kind) else ""))
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
@@ -175,8 +177,8 @@ def sha256_of(path: Path) -> str:
 
 def stats(file: Path) -> list[int]:
     """What changes when a file is changed, short of reading it: device, inode, size, mtime and ctime."""
-    stat = os.stat(file)
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    found = os.stat(file)
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def files_named(pattern: str) -> list[Path]:

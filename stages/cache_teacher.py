@@ -37,7 +37,9 @@ from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
 Asked = tuple[Record, Tokens]
 HEAD = "head"
 HEAD_FILE = "head.safetensors"
-"""A piece of its own, made by the first process that has loaded the teacher."""
+"""A piece of its own."""
+ABOUT = "about"
+"""The piece that the last process to find all shards finished makes: what they have in common."""
 SAME_WORD = 0.1
 """Nats by which the log-probability of what follows may be off on the average, when a teacher is asked again elsewhere."""
 
@@ -53,7 +55,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     made = {} if strict else out.made_elsewhere()
     out.plan("shards", len(shards))
     form = _form(wanted, len(vocabulary))
-    loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary, out))
+    loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary))
     records = prepared.summary["train"] + prepared.summary["heldout"]
     progress = Progress("cache-teacher", total=len(shards), done=len(shards.keys() & out.names()), unit="shards")
 
@@ -89,20 +91,20 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
             told = {"key": shard.key, "split": shard.split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
             writing.do(partial(_commit, out, written, told | {"peak_memory_mb": word.memory.megabytes(), "numerics": word.numerics}, progress))
             started = time.monotonic()  # what waits for the writer counts for the next shard
-    if wanted.hidden and not out.stands(HEAD):
-        loaded()
+    if wanted.hidden:
+        for _ in out.pieces([HEAD], keys={HEAD: out.path.name}):
+            with appears_whole(out.path / HEAD_FILE, absent=True) as temporary:
+                loaded().head.keep_head(temporary)
+            out.commit(HEAD, {HEAD_FILE: {}}, key=out.path.name)
 
     committed = [out.info(name) for name in shards]
     if strict:
         _refuse_mixed(out, shards, committed[0]["numerics"])
+    _check_rejected([each for shard in committed for each in shard["rejected"]], machine.max_rejected, records)
     if out.sealed():  # by another process
-        return _summary(committed)
-    write_vocabulary(out.path / "vocabulary.parquet", vocabulary)
-    with appears_whole(out.path / "tokenizer") as folder:
-        tokenizer.tokenizer.save_pretrained(folder)
+        return _summary(committed, teacher.model)
     about = {
         "format": FORMAT,
-        "teacher": teacher.model,
         "template": data.template,
         "text": targets.text,
         "positions": targets.positions,
@@ -118,9 +120,14 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "rejected": [each for shard in committed for each in shard["rejected"]],
         "shards": [{key: shard[key] for key in ("split", "records", "tokens", "positions", "groups", "numerics")} for shard in committed],
     }
-    write_json(out.path / "cache.json", about)
-    out.keep("vocabulary.parquet", "tokenizer", "cache.json")
-    return _summary(committed)
+    for _ in out.pieces([ABOUT], keys={ABOUT: out.path.name}):
+        write_vocabulary(out.path / "vocabulary.parquet", vocabulary)
+        with appears_whole(out.path / "tokenizer") as folder:
+            tokenizer.tokenizer.save_pretrained(folder)
+        write_json(out.path / "cache.json", about)
+        files = ["cache.json", "vocabulary.parquet", *(f"tokenizer/{file.name}" for file in sorted((out.path / "tokenizer").iterdir()))]
+        out.commit(ABOUT, {file: {} for file in files}, key=out.path.name)
+    return _summary(committed, teacher.model)
 
 
 def _fitted(record: Record, split: str, tokenizer: RecordTokenizer, max_tokens: int) -> Iterator[tuple[Record, Tokens] | None]:
@@ -165,16 +172,11 @@ class _Loaded:
         raise AssertionError
 
 
-def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary, out: RunFolder | None) -> _Loaded:
+def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary) -> _Loaded:
     device = device_named(machine.device)
     memory = PeakMemory(device)
     model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
     head = row_logits(model, teacher.model, rows_that_are_tokens(model, teacher.model, vocabulary))
-    if wanted.hidden and out is not None:
-        for _ in out.pieces([HEAD]):
-            with appears_whole(out.path / HEAD_FILE, absent=True) as temporary:
-                head.keep_head(temporary)
-            out.commit(HEAD, {HEAD_FILE: {}})
     question = Question(
         temperatures=wanted.temperatures,
         threshold=wanted.threshold,
@@ -253,11 +255,12 @@ def _specialties(shards: list[dict[str, Any]]) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _summary(shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(shards: list[dict[str, Any]], teacher: str) -> dict[str, Any]:
     total: Counter[str] = Counter()
     for shard in shards:
         total.update({key: shard[key] for key in ("records", "tokens", "positions", "left_out", "seconds")})
     return {
+        "teacher": teacher,
         "records": total["records"],
         "tokens": total["tokens"],
         "positions": total["positions"],
@@ -283,7 +286,7 @@ def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
     if content != finished.identity["sections"]["teacher"]["model"]["content"]:
         raise InputError(f"The teacher at {teacher.model} is not the one that {folder} was made with, so it cannot be asked again. Put that one there.")
     vocabulary = reader.vocabulary()
-    word = _loaded(Inputs({}, runs).model(teacher.model, teacher.revision), teacher, targets.logits, machine, vocabulary, None)
+    word = _loaded(Inputs({}, runs).model(teacher.model, teacher.revision), teacher, targets.logits, machine, vocabulary)
     form = _form(targets.logits, len(vocabulary))
     wrong: dict[str, str] = {}
     for shard in np.random.default_rng(int(finished.root[-8:], 16)).permutation(len(reader.about["shards"]))[:count].tolist():

@@ -129,6 +129,8 @@ def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[
         return
     for row in rows:
         click.echo(f"{row['stage']:<16} {row['state']:<24} {row['folder']}")
+        if "why" in row:
+            click.echo(f"{'':<16} {row['why']}")
         if row["nearest"]:
             click.echo(f"{'':<16} nearest: {row['nearest']['folder']}, differs in {', '.join(row['nearest']['differs'])}")
         if row.get("reusable", {}).get("made"):
@@ -165,11 +167,12 @@ def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | No
             found.damaged |= inspection.other_rows(folder)
         if recompute and not found.damaged:
             found.damaged |= importlib.import_module("stages.cache_teacher").recomputed(folder, recompute, runs)
-    if mend:
+    mends = mend and bool(found.damaged or found.untrusted.keys() - {"manifest.json"})
+    if mends:
         repair(folder, found.damaged)
     if as_json:
         told = {"damaged": found.damaged, "untrusted": found.untrusted, "unchecked": found.unchecked, "mixed_numerics": found.mixed}
-        click.echo(json.dumps({"folder": str(folder), **told, "repaired": mend and bool(found.damaged | found.untrusted)}))
+        click.echo(json.dumps({"folder": str(folder), **told, "repaired": mends}))
     else:
         for file, text in [*found.damaged.items(), *found.untrusted.items(), *found.unchecked.items()]:
             click.echo(f"{folder / file} {text}" if not text.startswith(str(folder)) else text)
@@ -177,8 +180,9 @@ def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | No
             click.echo("Its pieces were made on different devices, batch sizes or thread counts: the last bits of their numbers depend on that.")
         fine = "Nothing is missing or of another size." if fast else "Everything is as it was written."
         if wrong := len(found.damaged | found.untrusted | found.unchecked):
-            away = "What is damaged or not listed is in the quarantine; run the stage again." if mend else "--repair puts what is damaged or not listed out of the way."
-            fine = f"{wrong} {'file is' if wrong == 1 else 'files are'} not as written. {away}"
+            away = " What is damaged or not listed is in the quarantine; run the stage again." if mends else " --repair puts what is damaged or not listed out of the way."
+            mendable = found.damaged or found.untrusted.keys() - {"manifest.json"}
+            fine = f"{wrong} {'file is' if wrong == 1 else 'files are'} not as {'written' if mendable else 'expected'}.{away if mendable else ''}"
         click.echo(fine)
         if (folder / "manifest.json").exists() and not found.damaged:
             click.echo(FinishedFolder(folder).root)
@@ -237,18 +241,17 @@ def _publish(runner: Runner, report: dict[str, Any]) -> None:
         return
     place = runner.runs / runner.experiment.name
     place.mkdir(parents=True, exist_ok=True)
-    for file in Path(report["folder"]).iterdir():
-        if file.suffix in {".json", ".png", ".md"} and file.name not in {"manifest.json", "plan.json"}:
-            shutil.copyfile(file, place / file.name)
+    finished = FinishedFolder(Path(report["folder"]))
+    for name in finished.names():
+        shutil.copyfile(finished.file(name), place / name)
 
 
 def _show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report))
         return
-    table = Path(report["folder"]) / "table.md"
-    if table.exists():
-        click.echo(table.read_text(encoding="utf-8"))
+    if report["stage"] == "evaluate":
+        click.echo(FinishedFolder(Path(report["folder"])).file("table.md").read_text(encoding="utf-8"))
     else:
         click.echo(f"{report['stage']}: {report['state']}\n{report['folder']}")
         for key, value in report["summary"].items():

@@ -9,7 +9,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.schema import SHARD_FILES
 from pipeline.config import Evaluation, Machine, Student
 from pipeline.errors import InputError
-from pipeline.files import read_json_lines, write_json, write_text
+from pipeline.files import as_json, read_json_lines
 from pipeline.lookup import find
 from pipeline.models.heads import row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
@@ -47,13 +47,15 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
         models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
         del model, scorer
 
-    size = cached.size(SHARD_FILES)
-    results = {"models": models, "cache": {"tokens": cached.summary["tokens"], "bytes_per_token": size / cached.summary["tokens"]}, "heldout_records": len(heldout)}
+    tokens = sum(shard["tokens"] for shard in cache.about["shards"])
+    results = {"models": models, "cache": {"tokens": tokens, "bytes_per_token": cached.size(SHARD_FILES) / tokens}, "heldout_records": len(heldout)}
     metrics = {name: read_json_lines(inputs[stage].file("metrics.jsonl")) for name, stage in (("distilled", "train-student"), ("sft", "train-control")) if stage in inputs}
-    write_json(out.path / "results.json", results)
-    write_text(out.path / "table.md", results_table(results))
-    plot_curves(out.path / "curves.png", metrics, results)
-    out.keep("results.json", "table.md", "curves.png")
+    with out.result("results.json") as file:
+        file.write_text(as_json(results), encoding="utf-8")
+    with out.result("table.md") as file:
+        file.write_text(results_table(results), encoding="utf-8")
+    with out.result("curves.png") as file:
+        plot_curves(file, metrics, results)
     return results
 
 

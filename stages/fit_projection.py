@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Projection, TokenizerSource
-from pipeline.files import appears_whole
 from pipeline.lookup import find
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.running.folder import RunFolder
@@ -33,10 +32,9 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     fitted = find("projections", method)(teacher, student.vocabulary, student.encode, **options)
     about = {"method": method, "realised_path": str(fitted.realised_path), "vocabulary": cache.about["vocabulary"]}
     table = pa.table({"student_id": pa.array(fitted.student_id, pa.int32())}).replace_schema_metadata(about)
-    with appears_whole(out.path / "projection.parquet") as temporary:
+    with out.result("projection.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
-    out.keep("projection.parquet")
     measured = {"student_positions": 0, "aligned": 0, "placed": 0.0}
     for example in islice(cache.examples("train"), SAMPLE):
         tokens = student.render(example.record) if example.has_text else example.tokens

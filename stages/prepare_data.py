@@ -12,7 +12,7 @@ from pipeline.cache.writer import write_prepared
 from pipeline.config import Data, Dataset
 from pipeline.datasets._rows import record_of_row
 from pipeline.errors import InputError
-from pipeline.files import write_json
+from pipeline.files import as_json
 from pipeline.lookup import find
 from pipeline.running.folder import RunFolder
 from pipeline.signals.records import Record
@@ -40,8 +40,9 @@ def run(data: Data, out: RunFolder) -> dict[str, Any]:
         raise InputError("No record is held out, and evaluate needs some. Give data.heldout a larger fraction, or datasets of its own.")
     splits = {"train": train, "heldout": heldout}
     digests = {split: write_prepared(out.path / f"{split}.parquet", [replace(record, split=split) for record in records], data.records_per_shard) for split, records in splits.items()}
-    write_json(out.path / GROUPS, digests)
-    out.keep(GROUPS, *(f"{split}.parquet" for split in splits))
+    out.keep(*(f"{split}.parquet" for split in splits))
+    with out.result(GROUPS) as file:
+        file.write_text(as_json(digests), encoding="utf-8")
     specialties = Counter(record.specialty or "none" for record in train)
     return {"train": len(train), "heldout": len(heldout), "dropped": dict(sorted(dropped.items())), "specialties": dict(specialties.most_common())}
 

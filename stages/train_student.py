@@ -163,12 +163,12 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if accelerator.is_main_process:
         if log.best and training.validation and training.validation.keep == "best":
             load_checkpoint(_file(out, log.best), module, optimizer, state)
-        with appears_whole(out.path / "student") as folder:
+        out.keep("metrics.jsonl")
+        with out.result("student") as folder:
             model.save_pretrained(folder)
             tokenizer.tokenizer.save_pretrained(folder)
             identity = {"student": student.model_dump(mode="json"), "training": training.model_dump(mode="json", by_alias=True)}
-            out.keep("student", "metrics.jsonl")
-            (folder / "README.md").write_text(model_card(student.model, cache.about["teacher"] if with_teacher else None, identity), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(student.model, cached.summary["teacher"] if with_teacher else None, identity), encoding="utf-8")
     accelerator.wait_for_everyone()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = {"steps": steps, "records": order.count, "parameters": parameters, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
@@ -294,7 +294,7 @@ def _calibration(cache: Cache, projection: Projection, student_size: int, device
 
 def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], writes: bool) -> int:
     """Go on from the newest checkpoint that is what was written, as the best one up to it must be; gives the number of steps done."""
-    names = out.committed()
+    names = [name for name in out.committed() if _is_of_this_run(out, name, writes)]
     while names:
         step = int(names[-1].removeprefix("step-"))
         lines = _lines(out.path)[:step]
@@ -312,10 +312,19 @@ def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Opti
 
 def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], best: int | None) -> None:
     save_checkpoint(_file(out, step), module, optimizer, state)
-    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, metrics=_digest(_lines(out.path)))
+    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, run=out.path.name, step=step, metrics=_digest(_lines(out.path)))
     for old in out.names()[:-KEEP_CHECKPOINTS]:
         if best is None or old != _name(best):
             out.withdraw(old)
+
+
+def _is_of_this_run(out: RunFolder, name: str, writes: bool) -> bool:
+    """A checkpoint that was brought here from another run, or under another step's name, goes to the quarantine."""
+    said = out.info(name)
+    fits = said.get("run") == out.path.name and isinstance(said.get("step"), int) and _name(said["step"]) == name
+    if not fits and writes:
+        out.quarantine([f"commits/{name}.json", f"checkpoints/{name}.safetensors"])
+    return fits
 
 
 def _name(step: int) -> str:

@@ -40,8 +40,7 @@ class StudentView:
     def __init__(self, cache: Cache, fitted: Fitted, render: Callable[[Record], Tokens], rendering: str = "") -> None:
         if fitted.vocabulary != cache.about["vocabulary"]:
             raise Mismatch(
-                f"This projection was fitted for another teacher vocabulary than that of the cache of {cache.about['teacher']}. "
-                "Run `pipeline fit-projection` on this cache, or give the folders of one experiment with --use."
+                "This projection was fitted for another teacher vocabulary than that of this cache. Run `pipeline fit-projection` on this cache, or give the folders of one experiment with --use."
             )
         if cache.about["text"] != "keep" and fitted.method != "identity":
             raise InputError(

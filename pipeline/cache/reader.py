@@ -24,6 +24,9 @@ from pipeline.signals.vocabulary import CLASSES, Vocabulary
 
 WINDOW = 16
 """Row groups that are shuffled together and held decoded at once."""
+WIDTHS = {"INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
+"""Bytes of a value, by Parquet's physical type."""
+ROWS_AT_ONCE = 256
 LARGEST = 2 << 30
 """Bytes of what is read at once, decompressed: hidden states of 65,536 positions at a size of 16,384 take 1 GiB."""
 EXTRAS = ("entropy", "logsumexp", "boundary", "hidden")
@@ -147,10 +150,9 @@ class Cache:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 form = Logits.from_metadata({key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}, file.schema_arrow.names)
                 _check_schema(path, file.schema_arrow, form.schema())
-                check_size(file, group)
                 boundary = [boundary_column(i) for i in range(len(CLASSES))]
                 skipped = {"entropy", "logsumexp", *boundary} - set(self._extras) - set(boundary if "boundary" in self._extras else ())
-                table = file.read_row_group(group, [name for name in form.schema().names if name not in skipped])
+                table = read_rows(file, group, [name for name in form.schema().names if name not in skipped])
             decoded = decode(table, form, self._order_of(shard))
         if "hidden" in self._extras:
             path = self._file(f"hidden-{shard:05d}.parquet")
@@ -268,19 +270,29 @@ def read_table(path: Path, schema: pa.Schema, group: int | None = None) -> pa.Ta
     """The file's rows, or those of one row group; DamageError if it is no Parquet of exactly these columns."""
     with _decoding(path):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            check_size(file, group)
-            table = file.read() if group is None else file.read_row_group(group)
+            table = read_rows(file, group)
         table.validate(full=True)
     _check_schema(path, table.schema, schema)
     return table
 
 
-def check_size(file: pq.ParquetFile, group: int | None = None) -> None:
-    """ValueError if a row group (None: the file) would take more memory than any that we write, however small it is on disk."""
-    groups = [file.metadata.row_group(number) for number in (range(file.metadata.num_row_groups) if group is None else [group])]
-    size, rows = sum(about.total_byte_size for about in groups), sum(about.num_rows for about in groups)
-    if max(size, rows) > LARGEST:
-        raise ValueError(f"it claims {size} bytes and {rows} rows")
+def read_rows(file: pq.ParquetFile, group: int | None = None, columns: list[str] | None = None) -> pa.Table:
+    """A row group, or the whole file; ValueError if that would take more memory than any that we write, however small it is on disk."""
+    groups = list(range(file.metadata.num_row_groups)) if group is None else [group]
+    for number in range(file.metadata.num_columns):
+        chunks = [file.metadata.row_group(each).column(number) for each in groups]
+        claimed = sum(max(chunk.num_values * WIDTHS.get(chunk.physical_type, 1), chunk.total_uncompressed_size) for chunk in chunks)
+        if claimed > LARGEST:
+            raise ValueError(f"{chunks[0].path_in_schema} claims {claimed} bytes")
+    batches: list[pa.RecordBatch] = []
+    size = 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, groups, columns):
+        batches.append(batch)
+        size += batch.nbytes
+        if size > LARGEST:  # one long text may stand in many rows
+            raise ValueError(f"its first {sum(map(len, batches))} rows take {size} bytes")
+    schema = file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(name) for name in columns], file.schema_arrow.metadata)
+    return pa.Table.from_batches(batches, schema)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int], name: str) -> PreTrai
     inner.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         inner.layer_types = [text.layer_types[layer] for layer in layers]
-    smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     blocks, new_blocks = _decoder_layers(model, name), _decoder_layers(smaller, name)
     for new, old in enumerate(layers):
         new_blocks[new].load_state_dict(blocks[old].state_dict())
@@ -88,7 +88,7 @@ def _decoder_layers(model: PreTrainedModel, name: str) -> torch.nn.ModuleList:
 def _load(source: str, revision: str | None, **options: Any) -> PreTrainedModel:
     hint = "Check the name, `revision`, and that you are logged in to the hub." if revision else f"Is {Path(source)} a whole model folder with config.json and *.safetensors?"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options)
     except Exception as error:  # whatever it is that transformers finds wrong: it is the model that was named
         raise InputError(f"The model {source} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]} {hint}") from None
     model, found = loaded

@@ -195,7 +195,7 @@ class RecordTokenizer:
 def load_tokenizer(source: str, revision: str | None, template: str, name: str) -> RecordTokenizer:
     """From a folder or the hub. InputError if it is not there or cannot be used."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever it is that transformers finds wrong: it is the model that was named
         raise InputError(
             f"The tokenizer of {name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]} Check the name and `revision`, or give a local folder with tokenizer.json."

@@ -16,7 +16,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from pipeline.cache.digest import rows_digest
-from pipeline.cache.reader import Cache, Decoded, Example, decode, read_table, record_of
+from pipeline.cache.reader import Cache, Decoded, Example, decode, read_rows, read_table, record_of
 from pipeline.cache.schema import PREPARED, RANKS, RECORDS, SHARD_FILES, Logits, hidden_schema, rest_column, tail_schema
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json
@@ -56,7 +56,7 @@ def cache(folder: Path) -> dict[str, Any]:
             columns.update(column_bytes(file.metadata))
             columns["file footers"] += finished.size(name)
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, ["kept", "logprob_code", "rest_1", "entropy"])
+                table = read_rows(file, group, ["kept", "logprob_code", "rest_1", "entropy"])
                 kept = flat(table["kept"])
                 shares = _kept_shares(form, kept, flat(table["logprob_code"]), flat(table["rest_1"]))
                 kept_counts += np.bincount(kept, minlength=len(kept_counts))
@@ -71,7 +71,7 @@ def cache(folder: Path) -> dict[str, Any]:
     files["once a cache"] = finished.size() - sum(files.values())
     total = max(sum(columns.values()), 1)
     return {
-        "teacher": about["teacher"],
+        "teacher": finished.summary["teacher"],
         "method": about["method"],
         "records": finished.summary["records"],
         "tokens": tokens,
@@ -246,13 +246,13 @@ def undecodable(folder: Path) -> dict[str, str]:
             if name.endswith(".parquet"):
                 with pq.ParquetFile(folder / name, page_checksum_verification=True) as file:
                     for group in range(file.num_row_groups):
-                        file.read_row_group(group).validate(full=True)
+                        read_rows(file, group).validate(full=True)
             elif name.endswith(".json"):
                 read_json(folder / name)
             elif name.endswith(".safetensors"):
                 with safe_open(folder / name, "np") as tensors:
                     tensors.keys()
-        except (pa.ArrowException, DamageError, SafetensorError, OSError) as error:
+        except (pa.ArrowException, DamageError, SafetensorError, OSError, ValueError) as error:
             wrong[name] = f"cannot be decoded: {error}"
     if finished.manifest["stage"] == "cache-teacher" and not wrong:
         try:

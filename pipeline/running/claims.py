@@ -22,12 +22,17 @@ STALE = 120.0
 """Seconds without one after which a claim of another machine (or of a stopped process) is taken over."""
 
 
+OWNERS: set[str] = set()
+"""All that this process has claimed under: in a container a process that was killed often has its number."""
+
+
 class Claims:
     """This process's claims in a folder; all are let go of when the block ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._me = uuid.uuid4().hex
+        OWNERS.add(self._me)
         self._held: set[str] = set()
         self._seen: dict[str, tuple[str, float]] = {}
         """What another's claim said when it last changed, and when that was by our own clock: no two clocks are compared."""
@@ -74,6 +79,10 @@ class Claims:
     def holds(self, name: str) -> bool:
         return name in self._held
 
+    def still_holds(self, name: str) -> bool:
+        """Whether nobody has taken it over since."""
+        return name in self._held and self._of(name).get("owner") == self._me
+
     def release(self, name: str) -> None:
         with self._lock:
             self._held.discard(name)
@@ -94,7 +103,7 @@ class Claims:
         text = self._read(name)
         try:
             of = json.loads(text)
-            if of["host"] == HOST and of["process"] != str(os.getpid()) and not is_running(of["process"]):
+            if of["host"] == HOST and not _runs_here(of):
                 return True
         except (ValueError, TypeError, KeyError):
             pass  # not ours to understand; if it stays so, its owner is gone
@@ -107,8 +116,7 @@ class Claims:
     def _lives(self, name: str, before: str) -> bool:
         """Whether a claim is of a running process of this machine, or has changed."""
         of = self._of(name)
-        here = of.get("host") == HOST and (of.get("process") == str(os.getpid()) or is_running(str(of.get("process"))))
-        return here or self._read(name) not in (before, "")
+        return (of.get("host") == HOST and _runs_here(of)) or self._read(name) not in (before, "")
 
     def _keep_alive(self) -> None:
         beats = 0
@@ -139,3 +147,8 @@ class Claims:
     def _write(self, file: Path, beats: int) -> None:
         text = json.dumps({"owner": self._me, "host": HOST, "process": str(os.getpid()), "beats": beats})
         file.write_text(text, encoding="ascii")
+
+
+def _runs_here(of: dict[str, Any]) -> bool:
+    """Whether a claim of this machine is of a process that is there."""
+    return of.get("owner") in OWNERS if of["process"] == str(os.getpid()) else is_running(str(of["process"]))

@@ -7,6 +7,7 @@ INERT. `make bless` renews it, if the version was raised or the results are bit-
 import ast
 import hashlib
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,32 @@ INERT = ("pipeline/running/", "pipeline/reporting/", "pipeline/files.py", "pipel
 """What decides where a result lies, how it is shown and what an error says, and never what it is."""
 
 
-def version_of(stage: Stage) -> int | str:
-    """The stage's version; with a mark of the code where that is not what the version was given for."""
+def version_of(stage: Stage, named: Iterable[str] = ()) -> int | str:
+    """The stage's version; with a mark of the code where that is not what the version was given for.
+
+    named: the files of the losses, datasets and so on that the experiment names, which may be the user's own.
+    """
     locked = _lock().get(stage.name, {})
-    now = {file: _sha256(file) for file in locked.get("files", {})}
-    if now == locked.get("files") and locked.get("version") == stage.version:
+    files = locked.get("files", {})
+    now = {file: _sha256(file) for file in files}
+    if now != files or locked.get("version") != stage.version:
+        now = files_of(stage, named)
+    elif own := set(named) - files.keys():
+        now = {file: digest for file, digest in imported(own).items() if file not in files}
+    else:
         return stage.version
     return f"{stage.version}+{hashlib.sha256(repr(sorted(now.items())).encode()).hexdigest()[:8]}"
 
 
-def files_of(stage: Stage) -> dict[str, str]:
+def files_of(stage: Stage, named: Iterable[str] = ()) -> dict[str, str]:
     """Of each of our files that the stage imports, directly or not, and that can change its result: the SHA-256."""
+    return imported([_file(stage.module), *named])
+
+
+def imported(files: Iterable[str]) -> dict[str, str]:
+    """Of these files and all of ours that they import, directly or not, and that can change a result: the SHA-256."""
     found: set[str] = set()
-    waiting = [_file(stage.module)]
+    waiting = list(files)
     while waiting:
         file = waiting.pop()
         if file in found or not (ROOT / file).is_file() or file.startswith(INERT):

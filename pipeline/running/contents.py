@@ -9,11 +9,12 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamageError, InputError
-from pipeline.files import files_named, read_json, sha256_of, sync, write_json
+from pipeline.files import as_json, files_named, read_json, sha256_of, sync, write_json
 from pipeline.files import stats as file_stats
 
 NOT_TOKENIZER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json)|(generation_|adapter_)?config\.json")
@@ -22,19 +23,44 @@ CHOOSES_TOKENIZER = ("model_type", "tokenizer_class")
 NOT_CONTENT = re.compile(r"(\..*|.*\.md)")
 
 
+@dataclass
+class Seen:
+    """What has been looked at, and what was found then."""
+
+    stats: dict[Path, list[int]] = field(default_factory=dict)
+    listings: dict[str, tuple[Callable[[], list[Path]], list[Path]]] = field(default_factory=dict)
+    """Which files a folder has or a glob matches: how to list them again, and the list."""
+
+    def changed(self) -> list[Path]:
+        """The files that are no longer what they were, are gone or have been added."""
+        found = [file for listed, before in self.listings.values() for file in set(listed()) ^ set(before)]
+        for file, before in self.stats.items():
+            try:
+                if file_stats(file) != before:
+                    found.append(file)
+            except OSError:
+                found.append(file)
+        return found
+
+
 class Contents:
     def __init__(self, runs: Path) -> None:
         self._runs = runs
-        self.seen: dict[Path, list[int]] = {}
-        """Of the files that have been looked at, what `stats` said then."""
+        self.seen = Seen()
         self._file = runs / "inputs.json"
-        self._remembered: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
-        if not isinstance(self._remembered, dict) or not all(isinstance(entry, dict) and {"content", "stats"} <= entry.keys() for entry in self._remembered.values()):
-            raise DamageError(f"{self._file} is damaged. Remove it: what is still there is hashed anew.")
+        self._remembered = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """Nothing if the file is not what was written: then all is hashed anew."""
+        try:
+            there = read_json(self._file)
+            return dict(there["inputs"]) if there["self"] == _self_hash(there["inputs"]) else {}
+        except (FileNotFoundError, DamageError, TypeError, KeyError):
+            return {}
 
     def of_files(self, pattern: str) -> str:
         """Of one file, or of all files that a glob matches, in the order of their names."""
-        return self._of("files", pattern, files_named(pattern), lambda file: str(file))
+        return self._of("files", pattern, lambda: files_named(pattern), lambda file: str(file))
 
     def of_model(self, model: str, revision: str | None) -> str:
         """Of a hub model its commit; of a folder (or a finished student) its files."""
@@ -48,15 +74,18 @@ class Contents:
 
     def _of_folder(self, kind: str, model: str) -> str:
         folder = model_folder(model, self._runs)
-        files = [file for file in _files_in(folder) if not any(NOT_CONTENT.fullmatch(part) for part in file.relative_to(folder).parts)]
         chooses = folder / "config.json"
-        if kind == "tokenizer":
-            files = [file for file in files if not NOT_TOKENIZER.fullmatch(file.name)]
+
+        def files() -> list[Path]:
+            there = [file for file in _files_in(folder) if not any(NOT_CONTENT.fullmatch(part) for part in file.relative_to(folder).parts)]
+            return [file for file in there if not NOT_TOKENIZER.fullmatch(file.name)] if kind == "tokenizer" else there
+
         return self._of(kind, model, files, lambda file: file.relative_to(folder).as_posix(), chooses if kind == "tokenizer" and chooses.is_file() else None)
 
-    def _of(self, kind: str, name: str, files: list[Path], relative: Callable[[Path], str], chooses: Path | None = None) -> str:
+    def _of(self, kind: str, name: str, listed: Callable[[], list[Path]], relative: Callable[[Path], str], chooses: Path | None = None) -> str:
         key = f"{kind}:{name}"
         before = self._remembered.get(key)
+        files = listed()
         if not files:
             if before:
                 return str(before["content"])
@@ -68,7 +97,8 @@ class Contents:
                 with suppress(OSError):
                     sync(file)  # what is written through a map from now on has a new time
             stats = {relative(file): file_stats(file) for file in watched}
-        self.seen |= {file: stats[relative(file)] for file in watched}
+        self.seen.stats |= {file: stats[relative(file)] for file in watched}
+        self.seen.listings[key] = (listed, files)
         if before and before["stats"] == stats:
             return str(before["content"])
         digest = hashlib.sha256()
@@ -76,26 +106,18 @@ class Contents:
             inner_name = "" if kind == "files" else relative(file)
             digest.update(f"{inner_name}\0{sha256_of(file)}\n".encode())
         if chooses:
-            said = read_json(chooses)
+            said = read_json(chooses, links=True)
             digest.update(repr([said.get(key) for key in CHOOSES_TOKENIZER]).encode())
-        if changed(self.seen):
+        if self.seen.changed():
             raise InputError(f"{name} changed while it was read. Run the command again when nobody writes to it.")
         size = sum(file.stat().st_size for file in files)
         self._remembered[key] = {"content": f"sha256:{digest.hexdigest()}", "size": size, "stats": stats}
-        write_json(self._file, self._remembered)
+        write_json(self._file, {"inputs": self._remembered, "self": _self_hash(self._remembered)})
         return str(self._remembered[key]["content"])
 
 
-def changed(seen: dict[Path, list[int]]) -> list[Path]:
-    """The files that are no longer what they were."""
-    found = []
-    for file, before in seen.items():
-        try:
-            if file_stats(file) != before:
-                found.append(file)
-        except OSError:
-            found.append(file)
-    return found
+def _self_hash(value: Any) -> str:
+    return hashlib.sha256(as_json(value).encode()).hexdigest()
 
 
 def refuse_folder(name: str, revision: str | None) -> None:

@@ -1,6 +1,7 @@
 """A run's folder: <runs>/<stage>/<fingerprint>/.
 
     key.json              the identity: all that shapes the result; written first
+    built_on.json         the roots of the results that this one is made from; given once
     plan.json             how much there is to do
     claims/               who works on what; nothing is believed because of them
     commits/NAME.json     one per finished piece (a shard, a checkpoint): size and SHA-256 of its files, and of itself
@@ -18,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 from pipeline.errors import DamageError, Disagreement, InputError, PipelineError
 from pipeline.files import UNFINISHED, appears_whole, as_json, make_folder, read_json, remove_unfinished, sha256_of, stats, sync, write_json
 from pipeline.running.claims import Claims
-from pipeline.running.fingerprint import Identity
+from pipeline.running.fingerprint import Identity, fingerprint
 
 FORMAT = 1
 WHOLE = "whole"
@@ -35,7 +36,7 @@ SCRATCH = ("checkpoints", "tensorboard")
 """Folders that are useful while a stage runs, or to look at, but no part of its result."""
 PLAIN_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 """A file, or a file in a folder: nothing that leads elsewhere, and nothing hidden."""
-OWN = ("claims", "commits", "quarantine", "manifest.json", "plan.json", "key.json")
+OWN = ("claims", "commits", "quarantine", "manifest.json", "plan.json", "key.json", "built_on.json")
 """What the folder keeps for itself."""
 POLL = 1.0
 """Seconds between two looks at what other processes have finished."""
@@ -52,6 +53,8 @@ class RunFolder:
         self.path = path
         self.settings = settings
         self._kept: list[str] = []
+        self._asked: set[str] = set()
+        self._sole = writers == "one"
         self.before_commit: Callable[[], None] = lambda: None
         """Called before anything is vouched for; may raise."""
         make_folder(path / "commits")
@@ -60,7 +63,7 @@ class RunFolder:
         self._claims = Claims(path / "claims").__enter__()
         if writers == "one" and not self._claims.take_in_time(WHOLE):
             self.close()
-            raise InputError(f"Another process is writing {path}. Wait until it has finished, or stop it first.")
+            raise InputError(f"Another process is writing {path}. Wait until it has finished, or stop it first; if there is none, remove {path / 'claims' / WHOLE}.")
         self._writes = writers != "none"
         if self._writes:
             remove_unfinished(path)
@@ -84,6 +87,7 @@ class RunFolder:
         def stands(name: str) -> bool:
             return self.stands(name) and (keys is None or self.info(name).get("key") == keys[name])
 
+        self._asked.update(names)
         checked: set[str] = set()
         while True:
             waiting = False
@@ -157,6 +161,7 @@ class RunFolder:
 
         files: what else is to be said of each file. Disagreement if somebody has committed the piece with other content.
         """
+        self._refuse_if_replaced()
         self.before_commit()
         entries = {file: describe(self.path / file) | said for file, said in files.items()}
         body = {"name": name, "files": entries, "info": info}
@@ -205,18 +210,37 @@ class RunFolder:
             for file in files:
                 (self.path / file).unlink(missing_ok=True)
 
+    @contextmanager
+    def result(self, name: str) -> Iterator[Path]:
+        """A temporary name for a file, or folder, that belongs to the result and to no piece. Only for a sole writer."""
+        self._refuse_if_replaced()
+        with appears_whole(self.path / name) as temporary:
+            yield temporary
+            self._refuse_if_replaced()
+        self._kept.append(name)
+
     def keep(self, *names: str) -> None:
-        """Files, or folders, that belong to the result and to no piece: written anew by this process, and vouched for by `seal`."""
+        """Files that were written step by step belong to the result, too."""
+        self._refuse_if_replaced()
         self._kept += names
+
+    def _refuse_if_replaced(self) -> None:
+        """A process that was stopped for so long that another has taken its place must not touch what that has made."""
+        if self._sole and (self.sealed() or not self._claims.still_holds(WHOLE)):
+            raise InputError(f"Another process has taken over {self.path} while this one was stopped, so this one ends. What the other makes is the result.")
 
     def sealed(self) -> bool:
         return (self.path / "manifest.json").exists()
 
-    def seal(self, stage: str, fingerprint: str, identity: Identity, summary: dict[str, Any], machine: dict[str, Any]) -> None:
-        """Write the manifest: the run is finished. Disagreement if somebody has finished it with other files."""
+    def seal(self, stage: str, fingerprint: str, identity: Identity, built_on: dict[str, str], summary: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Write the manifest: the run is finished. Disagreement if somebody has finished it with other files.
+
+        built_on: the roots of the results that it was made from. A piece that nobody asked for is no part of the result.
+        """
+        self._refuse_if_replaced()
         remove_unfinished(self.path)
         files: dict[str, dict[str, Any]] = {}
-        for name in _commit_names(self.path):
+        for name in sorted(self._asked):
             commit = _read_commit(self.path, name)
             files |= {file: entry for file, entry in commit["files"].items() if not file.startswith(SCRATCH)}
         for name in self._kept:
@@ -225,7 +249,7 @@ class RunFolder:
         files = dict(sorted(files.items()))
         if wrong := _misshapen(files):
             raise PipelineError(f"{self.path}: {wrong}, and nobody could read that.")
-        body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity}
+        body = {"format": FORMAT, "stage": stage, "fingerprint": fingerprint, "identity": identity, "built_on": built_on}
         body |= {"files": files, "root": root(fingerprint, files), "summary": summary, "machine": machine}
         try:
             write_json(self.path / "manifest.json", body | {"self": _self_hash(body)}, absent=True)
@@ -284,9 +308,13 @@ class FinishedFolder:
         return self.path / name
 
     def folder(self, name: str) -> Path:
-        """A folder inside, once all its files are known to be what was written."""
-        for file in self.names(f"{name}/"):
+        """A folder inside, once all its files are known to be what was written, and there are no others."""
+        known = self.names(f"{name}/")
+        for file in known:
             self.file(file)
+        for there in sorted((self.path / name).rglob("*")):
+            if there.relative_to(self.path).as_posix() not in known:
+                raise DamageError(f"{there} is not of the result. Run `pipeline verify {self.path} --repair`, or remove it.")
         return self.path / name
 
 
@@ -301,6 +329,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     wrong = _misshapen(manifest.get("files")) or next((f"'{key}' is missing or no {kind.__name__}" for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)), None)
     if wrong or not all(isinstance(manifest["identity"].get(key), kind) for key, kind in (("stage", str), ("sections", dict), ("needs", dict))):
         raise DamageError(f"{path / 'manifest.json'}: {wrong or 'its identity is none'}. Do not use this folder.")
+    try:
+        fits = fingerprint(manifest["identity"]) == manifest["fingerprint"]
+    except (TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits:
+        raise DamageError(f"{path / 'manifest.json'} says something else of what it was made from than its fingerprint does. Do not use this folder.")
     return manifest
 
 
@@ -322,9 +356,20 @@ def progress(path: Path) -> dict[str, Any] | None:
         unit, total = str(plan["unit"]), int(plan["total"])
     except (DamageError, TypeError, KeyError, ValueError):
         unit, total = "shards", 0  # the stage writes it anew; what is done is in the commits
-    names = _commit_names(path)
-    done = sum(name.isdigit() for name in names) if unit == "shards" else max((int(name.rpartition("-")[2]) for name in names), default=0)
+    names = [name for name in _commit_names(path) if _is_there(path, name)]
+    if unit == "shards":
+        done = sum(name.isdigit() and (not total or int(name) < total) for name in names)
+    else:
+        done = max((int(number) for name in names if (number := name.rpartition("-")[2]).isdigit()), default=0)
     return {"done": done, "total": total, "unit": unit}
+
+
+def _is_there(path: Path, name: str) -> bool:
+    """Whether a piece's files have the sizes that its commit says."""
+    try:
+        return not any(problem(path / file, entry, fast=True) for file, entry in _read_commit(path, name)["files"].items())
+    except DamageError:
+        return False
 
 
 @dataclass

@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Experiment
+from pipeline.config import Experiment, named_files
 from pipeline.errors import DamageError, InputError, Mismatch, NotFinished, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.running.code import version_of
-from pipeline.running.contents import Contents, changed, model_folder
+from pipeline.running.contents import Contents, Seen, model_folder
 from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, named, settings_digest
 from pipeline.running.folder import FinishedFolder, RunFolder, pieces_by_key, progress, read_manifest
 from pipeline.running.stage import Stage
@@ -43,6 +43,10 @@ class Inputs:
         if revision:
             return model
         folder = model_folder(model, self.runs)
+        if model.startswith("run:") and folder.is_dir():
+            if not (folder.parent / "manifest.json").exists():
+                raise InputError(f"{model} has not finished: {folder.parent} has no manifest.json. Run `pipeline train-student` with its experiment file first.")
+            FinishedFolder(folder.parent).folder(folder.name)
         if not folder.is_dir():
             raise InputError(f"No model folder is at {folder}, and this stage has to read it. Put it back, or give a hub id together with `revision` (the commit, 40 hexadecimal digits).")
         return str(folder)
@@ -104,7 +108,12 @@ class Runner:
         if stage.name not in self._identities:
             needs = {need.name: self.identity(need) for need in self.needs(stage)}
             sections = {name: self._section(stage, name) for name in stage.reads}
-            self._identities[stage.name] = {"stage": stage.folder, "version": version_of(stage), "sections": sections, "needs": needs}
+            self._identities[stage.name] = {
+                "stage": stage.folder,
+                "version": version_of(stage, named_files([getattr(self._settings(stage), name) for name in stage.reads])),
+                "sections": sections,
+                "needs": needs,
+            }
         return self._identities[stage.name]
 
     def folder(self, stage: Stage) -> Path:
@@ -113,8 +122,14 @@ class Runner:
         return self.runs / stage.folder / fingerprint(self.identity(stage))
 
     def is_finished(self, stage: Stage) -> bool:
-        """DamageError if its manifest is not what was written."""
-        return (self.folder(stage) / "manifest.json").exists() and bool(read_manifest(self.folder(stage)))
+        """DamageError if its manifest is not what was written, Mismatch if it was made from other results than are here."""
+        if not (self.folder(stage) / "manifest.json").exists():
+            return False
+        built_on = read_manifest(self.folder(stage)).get("built_on", {})
+        for need in self.needs(stage) if stage.name not in self.given else ():
+            with suppress(FileNotFoundError, DamageError):  # without it, or if it is damaged, there is nothing to compare with
+                _refuse_other_root(self.folder(stage), need.name, built_on.get(need.name), FinishedFolder(self.folder(need)).root)
+        return True
 
     # --- the work ---
 
@@ -148,17 +163,19 @@ class Runner:
         out = RunFolder(folder, writers="none" if not is_main else "several" if stage.several else "one", settings=self._settings_digest(stage))
         try:
             self.say(f"{name}: {folder}")
+            built_on = {need: finished.root for need, finished in inputs.folders.items()}
             if is_main:
                 write_json(folder / "key.json", self.identity(stage))
+                _built_on(folder, built_on)
             started = time.monotonic()
-            self._contents.seen.clear()
+            seen = self._contents.seen = Seen()
             self._refuse_other_inputs(stage)
-            out.before_commit = partial(self._refuse_changed, name, dict(self._contents.seen))
+            out.before_commit = partial(_refuse_changed, name, Seen(dict(seen.stats), dict(seen.listings)))
             summary = function(**{key: value for key, value in given.items() if key in wanted}, out=out)
             if is_main and not out.sealed():  # by another process
                 out.before_commit()
                 self._refuse_other_inputs(stage)
-                out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), summary, self._machine(time.monotonic() - started))
+                out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), built_on, summary, self._machine(time.monotonic() - started))
         finally:
             out.close()
         return self._report(stage, "done", summary)
@@ -170,8 +187,10 @@ class Runner:
             folder = self.folder(stage)
             try:
                 finished = self.is_finished(stage)
-            except DamageError:
-                rows.append({"stage": stage.name, "state": "damaged", "folder": str(folder), "nearest": None})
+                if finished:
+                    FinishedFolder(folder).check_sizes()
+            except (DamageError, Mismatch) as error:
+                rows.append({"stage": stage.name, "state": "damaged" if isinstance(error, DamageError) else "made from another", "folder": str(folder), "nearest": None, "why": str(error)})
                 continue
             if finished:
                 state = "done"
@@ -180,7 +199,7 @@ class Runner:
             else:
                 state = "missing"
             row = {"stage": stage.name, "state": state, "folder": str(folder), "nearest": None if state == "done" else self._nearest(stage)}
-            with suppress(DamageError):  # of what it is built on, which has a row of its own
+            with suppress(DamageError, Mismatch):  # of what it is built on, which has a row of its own
                 if state != "done" and stage.pieces and all(self.is_finished(need) for need in self.needs(stage)):
                     row["reusable"] = self._reusable(stage)
             rows.append(row)
@@ -192,10 +211,6 @@ class Runner:
         """PipelineError unless the inputs are those that the folder is named after."""
         if fingerprint(self._recomputed(stage)) != fingerprint(self.identity(stage)):
             raise PipelineError(f"What {stage.name} reads changed while it ran, so nothing more is made from it. Run the command again.")
-
-    def _refuse_changed(self, name: str, seen: dict[Path, list[int]]) -> None:
-        if files := changed(seen):
-            raise PipelineError(f"A file that {name} reads changed while it ran, so what was made from it is not kept: {files[0]}. Run the command again.")
 
     def _settings(self, stage: Stage) -> Experiment:
         return self.experiment.without_teacher() if stage.same_as else self.experiment
@@ -270,3 +285,26 @@ class Runner:
             "settings": self.experiment.machine.model_dump(mode="json"),
             "seconds": round(seconds, 1),
         }
+
+
+def _refuse_changed(name: str, seen: Seen) -> None:
+    if files := seen.changed():
+        raise PipelineError(f"A file that {name} reads changed while it ran, so what was made from it is not kept: {files[0]}. Run the command again.")
+
+
+def _built_on(folder: Path, roots: dict[str, str]) -> None:
+    """Note the roots of the results that this one is made from, or see that it was begun with the same."""
+    try:
+        write_json(folder / "built_on.json", roots, absent=True)
+    except FileExistsError:
+        before = read_json(folder / "built_on.json")
+        for need, root in roots.items():
+            _refuse_other_root(folder, need, before.get(need) if isinstance(before, dict) else None, root)
+
+
+def _refuse_other_root(folder: Path, need: str, before: Any, now: str) -> None:
+    if before != now:
+        raise Mismatch(
+            f"{folder} was made from another result of {need}: its root was {before}, and here it is {now}. Their settings are the same, their content is not. "
+            f"Remove {folder} to have it made from this one, or give the other with --use {need}=FOLDER."
+        )

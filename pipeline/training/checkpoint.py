@@ -1,5 +1,6 @@
 """All that a training run is at the end of a step: parameters and optimizer moments in one safetensors file. No pickle."""
 
+import errno
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         tensors |= {f"optimizer.{index}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
     tensors |= {f"other.{name}": tensor.detach().cpu().contiguous() for name, tensor in (others or {}).items()}
     with appears_whole(path) as temporary:
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # such as a full disk, which it tells in words only
+            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, f"The checkpoint could not be written ({error})", str(path)) from None
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, torch.Tensor] | None = None) -> None:

@@ -24,6 +24,7 @@ from pipeline import files
 from pipeline.errors import DamageError, InputError, PipelineError
 from pipeline.files import UNFINISHED, appears_whole
 from pipeline.running import claims, folder
+from pipeline.running.fingerprint import fingerprint
 from pipeline.running.folder import FinishedFolder, RunFolder, findings, read_manifest
 from tests.conftest import SOAK, report
 from tests.running.power import in_child
@@ -151,7 +152,7 @@ def careless(path: Path, count: int) -> None:
         with appears_whole(path / file_of(name), absent=True) as temporary, suppress(OSError):
             temporary.write_bytes(content(name))
         out.commit(name, {file_of(name): {}})
-    out.seal("worker", "0" * 16, IDENTITY, {}, {})
+    out.seal("worker", fingerprint(IDENTITY), IDENTITY, {}, {}, {})
     out.close()
 
 
@@ -359,7 +360,7 @@ def test_a_record_that_lacks_its_last_byte_is_found(finished: Path, file: str):
 
 def test_a_flip_that_leaves_a_number_the_same_is_found(tmp_path: Path):
     out = RunFolder(tmp_path)
-    out.seal("worker", "0" * 16, IDENTITY, {"rate": 1e-05}, {})
+    out.seal("worker", fingerprint(IDENTITY), IDENTITY, {}, {"rate": 1e-05}, {})
     out.close()
     manifest = tmp_path / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b"1e-05", b"1E-05"))

@@ -35,7 +35,7 @@ from pipeline.lookup import names, parameters
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.running import runner as running
 from pipeline.running.fingerprint import Identity, canonical, differing_keys, fingerprint, named, settings_digest, with_names
-from pipeline.running.folder import RunFolder, read_manifest
+from pipeline.running.folder import FinishedFolder, RunFolder, read_manifest
 from pipeline.running.runner import Runner
 from pipeline.running.stage import Stage
 from stages import STAGES
@@ -133,9 +133,12 @@ def identity_of(stage: str, *changes: str, file: str = "rich.yaml") -> Identity:
 def finish(runner: Runner) -> None:
     """All its stages' folders as if they had been run, each with one small file."""
     for stage in runner.stages:
+        if (runner.folder(stage) / "manifest.json").exists():
+            continue
         folder = RunFolder(runner.folder(stage))
         write(folder.path / GROUPS, '{"train": [], "heldout": []}')
-        folder.seal(stage.folder, fingerprint(runner.identity(stage)), runner.identity(stage), {}, {})
+        built_on = {need.name: FinishedFolder(runner.folder(need)).root for need in runner.needs(stage)}
+        folder.seal(stage.folder, fingerprint(runner.identity(stage)), runner.identity(stage), built_on, {}, {})
         folder.close()
 
 

@@ -215,10 +215,11 @@ def test_the_manifest_of_the_first_stays_and_another_result_is_an_error(tmp_path
     work(tmp_path, 3)
     before = read_manifest(tmp_path)
     out = RunFolder(tmp_path, writers="several")
-    out.seal("worker", "0" * 16, before["identity"], {"pieces": 3}, {"seconds": 5})
+    assert not list(out.pieces(names_of(3)))
+    out.seal("worker", before["fingerprint"], before["identity"], {}, {"pieces": 3}, {"seconds": 5})
     assert read_manifest(tmp_path) == before
     (tmp_path / "more.txt").write_text("more")
     out.keep("more.txt")
     with pytest.raises(Disagreement):
-        out.seal("worker", "0" * 16, before["identity"], {"pieces": 3}, {})
+        out.seal("worker", before["fingerprint"], before["identity"], {}, {"pieces": 3}, {})
     out.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.files import appears_whole
 from pipeline.running import claims, folder
+from pipeline.running.fingerprint import fingerprint
 from pipeline.running.folder import FinishedFolder, RunFolder
 
 IDENTITY = {"stage": "worker", "version": 1, "sections": {}, "needs": {}}
@@ -43,7 +44,7 @@ def work(path: Path, count: int, salt: str = "", slow: float = 0.0, log: Path | 
             except FileExistsError:
                 digest = hashlib.sha256(content(name, salt)).hexdigest()
                 out.agree(name, {file_of(name): {"sha256": digest}})
-        out.seal("worker", "0" * 16, IDENTITY, {"pieces": count}, {})
+        out.seal("worker", fingerprint(IDENTITY), IDENTITY, {}, {"pieces": count}, {})
     finally:
         out.close()
 
