@@ -476,6 +476,7 @@ def _refuse_secrets(value: Any, lines: dict[Place, str], place: Place, file: str
             "Leave it out: hub and clouds read theirs from the environment or from a login."
         )
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _refuse_secrets(key, lines, (*place, "..."), file)
         _refuse_secrets(part, lines, (*place, key), file)
 
 

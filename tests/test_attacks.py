@@ -318,3 +318,10 @@ def test_several_processes_end_a_cache_with_one_description(place: Place):
     assert [process.wait() for process in both] == [0, 0]
     assert "Everything" in place.pipeline("verify", str(place.finished("cache-teacher").path))
     assert (place.finished("cache-teacher").path / "commits" / "about.json").exists()
+
+
+def test_a_token_as_the_name_of_a_setting_is_refused_and_not_repeated(done: Place):
+    token = "hf_" + "a" * 30
+    told = done.pipeline("status", CONFIG, "--set", f"training.specialty_weights={{{token}: 3}}", status=2)
+    assert "a password or a token" in told
+    assert token not in told

@@ -279,20 +279,31 @@ def read_table(path: Path, schema: pa.Schema, group: int | None = None) -> pa.Ta
 def read_rows(file: pq.ParquetFile, group: int | None = None, columns: list[str] | None = None) -> pa.Table:
     """A row group, or the whole file; ValueError if that would take more memory than any that we write, however small it is on disk."""
     groups = list(range(file.metadata.num_row_groups)) if group is None else [group]
+    texts: set[str] = set()  # that may take more memory decoded than they claim
     for number in range(file.metadata.num_columns):
         chunks = [file.metadata.row_group(each).column(number) for each in groups]
+        texts.update(chunk.path_in_schema.partition(".")[0] for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and chunk.num_values * chunk.total_uncompressed_size > LARGEST)
         claimed = sum(max(chunk.num_values * WIDTHS.get(chunk.physical_type, 1), chunk.total_uncompressed_size) for chunk in chunks)
         if claimed > LARGEST:
             raise ValueError(f"{chunks[0].path_in_schema} claims {claimed} bytes")
-    batches: list[pa.RecordBatch] = []
+    names = file.schema_arrow.names if columns is None else columns
+    table = file.read_row_groups(groups, [name for name in names if name not in texts])
+    for name in names:
+        if name in texts:
+            table = table.append_column(file.schema_arrow.field(name), _read_text(file, groups, name))
+    return table.select(names)
+
+
+def _read_text(file: pq.ParquetFile, groups: list[int], name: str) -> pa.ChunkedArray:
+    """A column with texts, a few rows at a time: one long text may stand in many rows and be in the file once."""
+    parts: list[pa.Array] = []
     size = 0
-    for batch in file.iter_batches(ROWS_AT_ONCE, groups, columns):
-        batches.append(batch)
+    for batch in file.iter_batches(ROWS_AT_ONCE, groups, [name]):
+        parts.append(batch.column(0))
         size += batch.nbytes
-        if size > LARGEST:  # one long text may stand in many rows
-            raise ValueError(f"its first {sum(map(len, batches))} rows take {size} bytes")
-    schema = file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(name) for name in columns], file.schema_arrow.metadata)
-    return pa.Table.from_batches(batches, schema)
+        if size > LARGEST:
+            raise ValueError(f"the first {sum(map(len, parts))} rows of {name} take {size} bytes")
+    return pa.chunked_array(parts, file.schema_arrow.field(name).type)
 
 
 @contextmanager
