@@ -21,10 +21,25 @@ SOAK = bool(os.environ.get("PIPELINE_SOAK"))
 """Whether the tests that try things many times try them as often as docs/reliability.md says (`make soak`)."""
 
 
+COUNTED = ROOT / ".pytest_cache" / "soak.txt"
+
+
 def report(figure: str) -> None:
-    """Print what a soak test has counted."""
+    """Keep what a soak test has counted, to be printed at the end; the tests run in several processes."""
     if SOAK:
-        print(f"\n* {figure}", file=sys.__stderr__, flush=True)
+        COUNTED.parent.mkdir(exist_ok=True)
+        with COUNTED.open("a", encoding="utf-8") as file:
+            file.write(f"* {figure}\n")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        COUNTED.unlink(missing_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COUNTED.exists():
+        terminalreporter.write(COUNTED.read_text(encoding="utf-8"))
 
 
 @dataclass
