@@ -6,7 +6,7 @@ BIN := .venv/bin
 GGUF_PACKAGES := .venv/.demo-packages
 MODELS := models/gemma-3-270m/config.json models/smollm2-135m-instruct/config.json
 
-.PHONY: demo test check bench bless soak models setup
+.PHONY: demo tokenizers test check bench bless soak models setup
 
 setup: .venv/.installed
 
@@ -25,6 +25,10 @@ models: $(MODELS)
 
 $(MODELS): | $(GGUF_PACKAGES)
 	$(BIN)/python demo/models.py models
+
+# the Llama-3 and Qwen-3 tokenizers, for tests alone
+tokenizers: .venv/.installed
+	$(BIN)/python demo/tokenizers.py models/tokenizers
 
 demo: $(GGUF_PACKAGES) $(MODELS)
 	$(BIN)/pipeline run configs/demo.yaml

@@ -245,12 +245,15 @@ class Objective(Named):
     @model_validator(mode="after")
     def _check(self) -> "Objective":
         self.check()
-        if self.tail != "rest" and not self.needs_teacher():
+        if self.tail != "rest" and not self.takes("teacher"):
             raise ValueError(f"tail has no effect on {self.loss}, which does not ask for the teacher; leave it out")
         return self
 
     def needs_teacher(self) -> bool:
-        return "teacher" in parameters("losses", self.loss)[0]
+        return self.takes("teacher") or self.takes("chunks")
+
+    def takes(self, what: str) -> bool:
+        return what in parameters("losses", self.loss)[0]
 
 
 class Validation(Section):
@@ -346,7 +349,12 @@ class Experiment(Section):
         """ConfigError if training asks for what a cache of these targets will not hold: better now than after the teacher has run."""
         logits = self.targets.logits
         tails = {part.tail for part in self.training.objective if part.weight > 0}
-        taught = any(part.needs_teacher() for part in self.training.objective if part.weight > 0)
+        taught = any(part.takes("teacher") for part in self.training.objective if part.weight > 0)
+        wrong = [part.loss for part in self.training.objective if part.takes("teacher") and part.loss != "uld"]
+        if self.projection.method == "uld" and wrong:
+            raise ConfigError(
+                f"projection.method uld keeps values and no tokens, and the loss {wrong[0]} of training.objective compares tokens. Use the loss `uld` alone, or another projection.method."
+            )
         if "hidden" in tails and logits.hidden is None:
             raise ConfigError("training.objective has `tail: hidden`, which needs `targets.logits.hidden: int8`. Add that, or take `tail: calibrated`.")
         if logits.method == "sampled" and "calibrated" in tails:

@@ -24,16 +24,17 @@ STAGES = (
     Stage(
         name="fit-projection",
         module="stages.fit_projection",
-        version=1,
+        version=2,
         reads=("student_tokenizer", "projection"),
         needs=("cache-teacher",),
         on_the_way=True,
+        several=True,
         help="Map the teacher's vocabulary to the student's.",
     ),
     Stage(
         name="train-student",
         module="stages.train_student",
-        version=1,
+        version=2,
         reads=("student", "training"),
         needs=("cache-teacher", "fit-projection"),
         parallel=True,
@@ -42,7 +43,7 @@ STAGES = (
     Stage(
         name="train-control",
         module="stages.train_student",
-        version=1,
+        version=2,
         same_as="train-student",
         reads=("student", "training"),
         needs=("cache-teacher", "fit-projection"),
@@ -53,7 +54,7 @@ STAGES = (
     Stage(
         name="evaluate",
         module="stages.evaluate",
-        version=1,
+        version=2,
         reads=("student", "evaluation"),
         needs=("cache-teacher", "fit-projection", "train-student", "train-control"),
         help="Teacher, student before training, control and distilled student on the held-out split.",

@@ -214,6 +214,18 @@ def inspect(folder: Path, record: str | None, png: Path | None, as_json: bool) -
         click.echo(json.dumps(shown) if as_json else inspection.as_text(shown))
 
 
+@main.command("inspect-projection")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--cache", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER", help="The cache that it was made for, if that does not lie beside it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+def inspect_projection(folder: Path, cache: Path | None, as_json: bool) -> None:
+    """What a finished projection is worth, before any training: measured on the cache's held-out records."""
+    _finished(folder)
+    reporting = importlib.import_module("pipeline.reporting.projection")
+    found = reporting.measured(folder, cache)
+    click.echo(json.dumps(found) if as_json else reporting.as_text(found))
+
+
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--format", "form", type=click.Choice(["plain"]), default="plain", show_default=True, help="plain: Parquet with token ids and log-probabilities as ordinary list columns.")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.benchmarks._scores import Scorer
-from pipeline.cache.projected import StudentView, read_projection
+from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache
 from pipeline.cache.schema import SHARD_FILES
 from pipeline.config import Evaluation, Machine, Student
@@ -29,7 +29,6 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     heldout = [example.record for example in examples if not example.record.choice_of]
     if not heldout:
         raise InputError("The cache has no held-out records to evaluate on. Give data.heldout, or a larger data.heldout.fraction.")
-    fitted = read_projection(inputs["fit-projection"].file("projection.parquet"))
     models: dict[str, dict[str, Any]] = {}
 
     teacher = CachedTeacher(examples)
@@ -40,7 +39,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     for name, source, revision, layers in _students(student, inputs):
         memory = PeakMemory(device)
         tokenizer = load_tokenizer(source, revision, cache.about["template"], name)
-        view = StudentView(cache, fitted, tokenizer.render, tokenizer.digest())
+        view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
         model = load_student(source, revision, layers, device).eval()
         scorer = StudentScorer(row_logits(model, name, rows_that_are_tokens(model, name, tokenizer.vocabulary)), tokenizer.render, view, examples, machine.student_micro_batch_records)
         models[name] = _benchmarked(scorer, evaluation, heldout)

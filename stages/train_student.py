@@ -10,11 +10,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.cache.projected import StudentView, read_projection
+from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache, Example, Place
 from pipeline.config import Machine, Student, Training
 from pipeline.errors import DamageError, InputError, NumericsError, Stopped
@@ -29,7 +30,7 @@ from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.running.stopping import asked, one_by_one
-from pipeline.signals.projection import Projection
+from pipeline.signals.chunks import chunked
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.training.batches import Batch, made_ahead, make_batch
 from pipeline.training.calibration import Calibration
@@ -49,18 +50,20 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     cache = Cache(cached.file, ("hidden",) if "hidden" in tails else ())
     source = inputs.model(student.model, student.revision)
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
-    fitted = read_projection(inputs["fit-projection"].file("projection.parquet"))
-    view = StudentView(cache, fitted, tokenizer.render, tokenizer.digest())
+    view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
     watched = _put_aside(cache, training)
     order = Order(cache, training.seed, training.batch_records, set(watched))
     with_teacher = any(part.needs_teacher for part in objective)
+    with_targets, with_chunks = (any(name in part.asks_for for part in objective) for name in ("teacher", "chunks"))
     hottest = max(training.temperature.start, training.temperature.end)
-    if with_teacher and hottest > max(cache.temperatures):
+    if with_targets and hottest > max(cache.temperatures):
         raise InputError(
             f"training.temperature goes up to {hottest:g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
         )
-    if with_teacher and hottest > 1 and cache.about["method"] == "sampled":
+    if with_targets and hottest > 1 and cache.about["method"] == "sampled":
         raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
+    if not view.fitted.names_tokens and (wrong := [part.loss for part in training.objective if part.takes("teacher") and part.loss != "uld"]):
+        raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
     _check_specialties(training, cache.about["specialties"])
     steps = _steps(training, order.count)
 
@@ -68,9 +71,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
-    calibration = _calibration(cache, fitted.projection, module.vocabulary_size, accelerator.device) if "calibrated" in tails else None
+    calibration = _calibration(cache, view.fitted.student_id, module.vocabulary_size, accelerator.device) if "calibrated" in tails else None
     teacher_head = KeptHead(cached.file("head.safetensors"), accelerator.device) if "hidden" in tails else None
-    student_id = torch.from_numpy(fitted.projection.student_id.astype("int64")).to(accelerator.device)
+    student_id = torch.from_numpy(view.fitted.student_id.astype("int64")).to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
     def batches_of(examples: Iterable[Example], temperature: float) -> list[Batch]:
@@ -79,9 +82,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         batches = []
         for begin_at in range(0, len(rendered), machine.student_micro_batch_records):
             micro = rendered[begin_at : begin_at + machine.student_micro_batch_records]
-            words = [view.projected(example, tokens) if with_teacher else None for tokens, example in micro]
+            words = [view.projected(example, tokens) if with_targets else None for tokens, example in micro]
+            chunks = [chunked(example.tokens, example.targets, tokens) for tokens, example in micro] if with_chunks else None
             weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
-            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature))
+            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks))
         return batches
 
     def of_this_process(places: list[Place]) -> list[Example]:
@@ -285,11 +289,11 @@ def _seed(seed: int, step: int, process: int) -> int:
     return int(hashlib.sha256(repr((seed, step, process)).encode()).hexdigest()[:15], 16)
 
 
-def _calibration(cache: Cache, projection: Projection, student_size: int, device: torch.device) -> Calibration:
+def _calibration(cache: Cache, student_id: np.ndarray, student_size: int, device: torch.device) -> Calibration:
     tail = cache.tail()
     if tail is None:
         raise InputError("training.objective: tail: calibrated needs a cache with tail marginals, and this one has none (targets.logits.method: sampled keeps no tail). Use `tail: rest`.")
-    return Calibration(placed_means(tail.log_means, projection, student_size), cache.temperatures, device)
+    return Calibration(placed_means(tail.log_means, student_id, student_size), cache.temperatures, device)
 
 
 def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], writes: bool) -> int:

@@ -38,6 +38,7 @@ class Example:
     tokens: Tokens  # the teacher's
     targets: Targets
     has_text: bool
+    place: "Place"
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,15 @@ class Cache:
         ids = records["id"].to_pylist()
         if ids != logits.records or len(ids) != self.about["shards"][shard]["groups"][group]:
             raise DamageError(f"Shard {shard}: its records and logits are not of the same records. Run `pipeline verify` on the cache's folder.")
-        tokens = [_split(records[name]) for name in ("token_id", "start", "end", "kind", "lead")]
+        tokens = [split_lists(records[name]) for name in ("token_id", "start", "end", "kind", "lead")]
         rows = records.select(PREPARED.names).to_pylist()
         has_text = self.about["text"] == "keep"
-        return [
-            Example(record=record_of(row), tokens=Tokens(*(column[i] for column in tokens)), targets=targets, has_text=has_text)
-            for i, (row, targets) in enumerate(zip(rows, logits.split(), strict=True))
-        ]
+        return [Example(record_of(row), Tokens(*(column[i] for column in tokens)), targets, has_text, (shard, group, i)) for i, (row, targets) in enumerate(zip(rows, logits.split(), strict=True))]
 
     def logits(self, shard: int, group: int) -> "Decoded":
         """One row group's positions, flat; nothing of its records."""
         path = self._file(f"logits-{shard:05d}.parquet")
-        with _decoding(path):
+        with decoding(path):
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 form = Logits.from_metadata({key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}, file.schema_arrow.names)
                 _check_schema(path, file.schema_arrow, form.schema())
@@ -156,7 +154,7 @@ class Cache:
             decoded = decode(table, form, self._order_of(shard))
         if "hidden" in self._extras:
             path = self._file(f"hidden-{shard:05d}.parquet")
-            with _decoding(path):
+            with decoding(path):
                 size = pq.read_schema(path).field("state").type.value_type.byte_width
             table = read_table(path, hidden_schema(size), group)
             states = table["state"].combine_chunks().values
@@ -268,7 +266,7 @@ def record_of(row: dict[str, Any]) -> Record:
 
 def read_table(path: Path, schema: pa.Schema, group: int | None = None) -> pa.Table:
     """The file's rows, or those of one row group; DamageError if it is no Parquet of exactly these columns."""
-    with _decoding(path):
+    with decoding(path):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = read_rows(file, group)
         table.validate(full=True)
@@ -307,7 +305,7 @@ def _read_text(file: pq.ParquetFile, groups: list[int], name: str) -> pa.Chunked
 
 
 @contextmanager
-def _decoding(path: Path) -> Iterator[None]:
+def decoding(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
@@ -329,7 +327,7 @@ def _offsets(column: pa.ChunkedArray) -> np.ndarray:
     return offsets - offsets[0]
 
 
-def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
+def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     """One array per row of a list column."""
     values = _values(column)
     return [values[a:b] for a, b in pairwise(_offsets(column).tolist())]

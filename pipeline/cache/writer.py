@@ -3,7 +3,7 @@
 import errno
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ def write_prepared(path: Path, records: list[Record], per_group: int) -> list[st
     """The digests of the row groups. per_group: records of each."""
     table = pa.Table.from_pylist([_row(record, keep_text=True) for record in records], PREPARED)
     groups = [table.slice(first, per_group) for first in range(0, len(table), per_group)]
-    _write(path, table, {}, [len(group) for group in groups])
+    write_table(path, table, {}, [len(group) for group in groups])
     return [rows_digest(group) for group in groups]
 
 
@@ -51,7 +51,7 @@ class Shard:
         """What `digests` says of each file. FileExistsError if one is there with other bytes."""
         said = self.digests()
         for name, (table, about, cut) in self._tables.items():
-            _write(self.folder / name, table, about, cut, said[name]["rows_digest"])
+            write_table(self.folder / name, table, about, cut, said[name]["rows_digest"])
         return said
 
     def digests(self) -> dict[str, dict[str, Any]]:
@@ -75,7 +75,7 @@ class Shard:
             size = states[0].shape[1]
             elements = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), sum(map(len, states)), [None, pa.py_buffer(np.concatenate(states).tobytes())])
             offsets = pa.array(np.cumsum([0, *map(len, states)]), pa.int32())
-            columns = [ids, pa.ListArray.from_arrays(offsets, elements), _lists([t.hidden_scale for t in targets], pa.float32())]
+            columns = [ids, pa.ListArray.from_arrays(offsets, elements), lists_of([t.hidden_scale for t in targets], pa.float32())]
             contents["hidden"] = (pa.table(columns, hidden_schema(size)), {}, groups)
         if self.tail is not None:
             means, positions = self.tail
@@ -100,20 +100,20 @@ def logits_table(ids: pa.Array, targets: list[Targets], form: Logits) -> tuple[p
     runs = [spans(t.position) for t in targets]
     columns: dict[str, Any] = {
         "record": ids,
-        "first_position": _lists([first for first, _ in runs], pa.int32()),
-        "positions": _lists([length for _, length in runs], pa.int32()),
+        "first_position": lists_of([first for first, _ in runs], pa.int32()),
+        "positions": lists_of([length for _, length in runs], pa.int32()),
         "kept": _list(kept, positions, pa.uint16()),
         "id_gap": _list(gaps, entries, pa.int32()),
         "logprob_code": _list(codes, entries, pa.uint8()),
-        "realised_logprob": _lists([t.realised_logprob for t in targets], pa.float32()),
-        "entropy": _lists([t.entropy for t in targets], pa.float16()),
+        "realised_logprob": lists_of([t.realised_logprob for t in targets], pa.float32()),
+        "entropy": lists_of([t.entropy for t in targets], pa.float16()),
     }
     if form.logsumexp:
-        columns["logsumexp"] = _lists([t.logsumexp for t in targets], pa.float32())
+        columns["logsumexp"] = lists_of([t.logsumexp for t in targets], pa.float32())
     for i, temperature in enumerate(form.temperatures):
         columns[rest_column(temperature)] = _list(encode_rests(_flat([t.rests[i] for t in targets], np.float32)), positions, pa.int16())
     for i in range(len(CLASSES) if form.boundary else 0):
-        columns[boundary_column(i)] = _lists([t.boundary[:, i] for t in targets if t.boundary is not None], pa.float16())
+        columns[boundary_column(i)] = lists_of([t.boundary[:, i] for t in targets if t.boundary is not None], pa.float16())
     schema = form.schema()
     return pa.table({name: columns[name] for name in schema.names}, schema), order
 
@@ -125,7 +125,7 @@ def write_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         "special": vocabulary.special,
         "first_byte_class": first_byte_classes(vocabulary).astype(np.uint8),
     }
-    _write(path, pa.table(columns, VOCABULARY), {"end_ids": ",".join(map(str, vocabulary.end_ids)), "classes": ",".join(CLASSES)})
+    write_table(path, pa.table(columns, VOCABULARY), {"end_ids": ",".join(map(str, vocabulary.end_ids)), "classes": ",".join(CLASSES)})
 
 
 class Background:
@@ -189,16 +189,19 @@ def _list(values: np.ndarray, lengths: list[int], kind: pa.DataType) -> pa.ListA
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), pa.array(values, kind))
 
 
-def _lists(parts: list[Any], kind: pa.DataType) -> pa.ListArray:
+def lists_of(parts: list[Any], kind: pa.DataType) -> pa.ListArray:
     return _list(_flat(parts, kind.to_pandas_dtype()), [len(part) for part in parts], kind)
 
 
-def _write(path: Path, table: pa.Table, metadata: dict[str, str], cut: list[int] | None = None, digest: str | None = None) -> None:
-    """cut: the rows of each row group; one group of all where it is left out. digest: of the rows; what stands under the name then stays."""
+def write_table(path: Path, table: pa.Table, metadata: dict[str, str], cut: list[int] | None = None, digest: str | None = None, repeated: Sequence[str] = ()) -> None:
+    """cut: the rows of each row group; one group of all where it is left out. digest: of the rows; what stands under the name then stays.
+
+    repeated: list columns with few different values.
+    """
     # numbers that look random: neither dictionaries nor runs help, splitting their bytes does
     plain = [field.name for field in table.schema if field.name in (*RECORDS.names, *VOCABULARY.names) or pa.types.is_string(field.type)]
-    split = [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in table.schema if field.name not in plain and _can_be_split(field.type)]
-    dictionaries = [name for name in plain if not pa.types.is_list(table.schema.field(name).type)]
+    split = [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in table.schema if field.name not in (*plain, *repeated) and _can_be_split(field.type)]
+    dictionaries = [name for name in plain if not pa.types.is_list(table.schema.field(name).type)] + [f"{name}.list.element" for name in repeated]
     with appears_whole(path, absent=digest is not None) as temporary:
         with pq.ParquetWriter(
             temporary,

@@ -45,7 +45,7 @@ class StudentScorer:
         self._module, self._render, self._view, self._batch = module, render, view, batch_records
         self._examples = {_key(example.record): example for example in examples}
         # a handful of draws is an unbiased target to train on, but the divergence from it is not the teacher's
-        self._compared = view.cache.about["method"] != "sampled"
+        self._compared = view.cache.about["method"] != "sampled" and view.fitted.names_tokens
         self._known: dict[tuple[str, str], Score] = {}
         self.tokens = 0
         self.seconds = 0.0
@@ -66,7 +66,7 @@ class StudentScorer:
     def _score(self, records: list[Record], rendered: dict[tuple[str, str], Tokens]) -> None:
         tokens = [rendered[_key(record)] for record in records]
         examples = [self._examples.get(_key(record)) for record in records]
-        words = [self._view.projected(example, own) if example and self._compared and not example.record.choice_of else None for example, own in zip(examples, tokens, strict=True)]
+        words = [self._view.projected(example, own, inside=False) if example and self._compared and not example.record.choice_of else None for example, own in zip(examples, tokens, strict=True)]
         device = next(self._module.parameters()).device
         batch = make_batch(tokens, words, [1.0] * len(records), self._view.cache.temperatures, 1.0).to(device)
         with torch.inference_mode():

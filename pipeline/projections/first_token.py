@@ -1,12 +1,11 @@
-from collections.abc import Callable
-
 import numpy as np
 
-from pipeline.signals.projection import REST, Projection, specials_to_specials
+from pipeline.signals.first_tokens import Encode
+from pipeline.signals.projection import REST, TokenMap, specials_to_specials
 from pipeline.signals.vocabulary import Vocabulary
 
 
-def first_token(teacher: Vocabulary, student: Vocabulary, encode: Callable[[list[str]], list[list[int]]]) -> Projection:
+def first_token(teacher: Vocabulary, student: Vocabulary, encode: Encode) -> TokenMap:
     """A token whose bytes are a student token's goes there; another to the student token that its bytes begin with.
 
     That is the first token that the student's tokenizer makes of it, or for bytes that are no text of their own the longest
@@ -21,9 +20,9 @@ def first_token(teacher: Vocabulary, student: Vocabulary, encode: Callable[[list
         if first != REST and student.token_bytes[first] and teacher.token_bytes[id].startswith(student.token_bytes[first]):
             student_id[id] = first
     for id in missing:
-        if student_id[id] == REST:
-            student_id[id] = _longest_prefix(teacher.token_bytes[id], student)
-    return Projection(specials_to_specials(teacher, student, student_id))
+        if student_id[id] == REST and (longest := student.longest_prefix(teacher.token_bytes[id])) is not None:
+            student_id[id] = longest
+    return TokenMap(specials_to_specials(teacher, student, student_id))
 
 
 def _as_text(token: bytes) -> str | None:
@@ -31,7 +30,3 @@ def _as_text(token: bytes) -> str | None:
         return token.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _longest_prefix(token: bytes, student: Vocabulary) -> int:
-    return next((student.id_of_bytes[token[:n]] for n in range(len(token), 0, -1) if token[:n] in student.id_of_bytes), REST)

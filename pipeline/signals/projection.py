@@ -1,52 +1,39 @@
 """From the teacher's word in its own vocabulary to a target in the student's.
 
-A projection is linear: a share of each kept token's mass goes to one student token, what is left of it to the rest. Mass
-is tempered before it is projected: projecting first would be another distribution.
+A projection is linear: each kept token's mass is shared out among student tokens and the rest, by shares that do not depend
+on the temperature. Mass is tempered before it is projected: projecting first would be another distribution.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.signals.alignment import align
-from pipeline.signals.records import END, Tokens
-from pipeline.signals.targets import Targets, rest_at, with_realised
+from pipeline.signals.records import ANSWER, Tokens
+from pipeline.signals.targets import Targets, rest_at
 from pipeline.signals.vocabulary import Vocabulary
 
 REST = -1
 
 
 @dataclass(frozen=True)
-class Projection:
-    """What a method in pipeline/projections/ gives."""
-
-    student_id: np.ndarray  # int32 [V_teacher] the student token that receives a teacher token's mass; REST: none
-    realised_path: bool = False
-    """Place the realised teacher token by what followed it in the record, not by the map."""
-
-    @cached_property
-    def is_identity(self) -> bool:
-        """Every token is itself."""
-        return not self.realised_path and bool((self.student_id == np.arange(len(self.student_id))).all())
-
-
-@dataclass(frozen=True)
 class Projected:
-    """A record's targets at the student's positions. Flat lists: entries (kept teacher tokens) and columns (student tokens)."""
+    """A record's targets at the student's positions. Entries are shares of kept teacher tokens, flat; those of one student token lie side by side."""
 
     position: np.ndarray  # int64 [P] the student's positions
     entries: np.ndarray  # int64 [P] entries per position
-    logprobs: np.ndarray  # float32 [sum of entries]
-    log_share: np.ndarray | None  # float32 [sum of entries] log of the share of its mass that is placed; None: all of it
-    column: np.ndarray | None  # int64 [sum of entries] into column_ids; REST: not placed; None: each entry is a column
-    columns: np.ndarray  # int64 [P] columns per position
-    column_ids: np.ndarray  # int32 [sum of columns] student tokens, each once inside a position
-    rests: np.ndarray  # float32 [S, P]
-    unkept: np.ndarray  # int64 [P]
-    hidden: tuple[np.ndarray, np.ndarray] | None = None  # int8 [P, H] and float32 [P]: the teacher's last states and their scales
+    student_id: np.ndarray  # int32 [sum of entries] the student token that receives the share; REST: none
+    logprobs: np.ndarray  # float32 [sum of entries] of the teacher's token
+    log_share: np.ndarray | None  # float32 [sum of entries] log of the share of its mass; None: each is all of it
+    rests: np.ndarray  # float32 [S, P] as in Targets
+    unkept: np.ndarray  # int64 [P] how many of the teacher's tokens the rests are of
+    reliability: np.ndarray  # float32 [P] 1 less the mass that went where it usually goes, whatever stood there, and that was left out
+    row: np.ndarray  # int64 [P] the described position of the teacher that this one speaks of
+    hidden: tuple[np.ndarray, np.ndarray] | None = None  # int8 [P, H] and float32 [P]: the teacher's last states there, and their scales
 
 
 @dataclass(frozen=True)
@@ -87,94 +74,170 @@ NO_SHARE = -1e9
 """The log of nothing, but finite."""
 
 
-def project(projection: Projection, targets: Targets, temperatures: list[float], vocabulary_size: int, teacher: Tokens, student: Tokens) -> Projected:
-    """The record's targets at every position where the two tokenizers meet.
+@dataclass(frozen=True)
+class Meeting:
+    """A record's targets (the realised token takes part everywhere), and where the student's tokens meet them."""
 
-    The realised token takes part everywhere, whether it was among the kept ones or not.
-    vocabulary_size: the teacher's, without unused rows of its head.
-    """
-    if projection.is_identity and teacher is student and np.array_equal(targets.position, teacher.answer_positions()):
-        return _as_it_is(with_realised(targets, teacher.ids[targets.position + 1], temperatures), vocabulary_size)
+    content: bytes
+    teacher: Tokens
+    student: Tokens
+    targets: Targets
+    row: np.ndarray  # int64 [P] the described positions at which both begin a token at the same byte
+    at_student: np.ndarray  # int64 [P] the student's positions there
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """int64 [rows + 1]: where each row's kept tokens begin."""
+        return np.concatenate([[0], np.cumsum(self.targets.kept.astype(np.int64))])
+
+    def kept(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The kept tokens of these rows, flat: which of `row` each belongs to, and its index in targets.ids."""
+        entries = self.targets.kept[row].astype(np.int64)
+        owner = np.repeat(np.arange(len(row)), entries)
+        return owner, np.arange(entries.sum()) - np.repeat(np.cumsum(entries) - entries, entries) + self.first[row][owner]
+
+    @cached_property
+    def realised(self) -> np.ndarray:
+        """int32 [rows]: the teacher's token that follows."""
+        return self.teacher.ids[self.targets.position + 1]
+
+    @cached_property
+    def goes_on(self) -> np.ndarray:
+        """bool [rows]: whether the next row describes what the teacher says once it has read that token, of the same answer."""
+        position = self.targets.position
+        return (np.append(position[1:], -1) == position + 1) & (self.teacher.kind[position + 1] == ANSWER)
+
+    @cached_property
+    def mass(self) -> np.ndarray:
+        """float64 [rows]: of all that is kept, at temperature 1."""
+        logprobs = self.targets.logprobs.astype(np.float64)
+        return np.add.reduceat(np.exp(logprobs), self.first[:-1]) if len(self.targets.kept) else np.zeros(0)
+
+    @cached_property
+    def shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [sum of kept] and [rows]: of each kept token, at temperature 1, if what is not kept is as the others that are, and of what is left.
+
+        What is not kept is not the realised token: that one has its probability.
+        """
+        p = np.exp(self.targets.logprobs.astype(np.float64)) / np.repeat(self.mass + np.exp(self.targets.rests[0].astype(np.float64)), self.targets.kept)
+        owner = np.repeat(np.arange(len(self.targets.kept)), self.targets.kept)
+        is_realised = self.targets.ids == self.realised[owner]
+        there = np.bincount(owner[is_realised], p[is_realised], len(self.targets.kept)).astype(np.float64)
+        others = np.bincount(owner[~is_realised], p[~is_realised], len(self.targets.kept)).astype(np.float64)
+        factor = np.where(others > 0, (1 - there) / np.maximum(others, 1e-300), 0.0)
+        return np.where(is_realised, p, p * factor[owner]), np.where(others > 0, 0.0, 1 - there)
+
+
+def meet(content: bytes, teacher: Tokens, targets: Targets, student: Tokens) -> Meeting:
+    """targets: with the realised token among the kept ones everywhere (see with_realised)."""
     at_teacher, at_student = align(teacher, student)
     row = np.searchsorted(targets.position, at_teacher)
     described = (row < len(targets.position)) & (np.append(targets.position, -1)[row] == at_teacher)
-    at_teacher, at_student, row = at_teacher[described], at_student[described], row[described]
+    return Meeting(content, teacher, student, targets, row[described], at_student[described])
 
-    targets = with_realised(targets, teacher.ids[targets.position + 1], temperatures)
-    first = np.concatenate([[0], np.cumsum(targets.kept.astype(np.int64))])
-    entries = targets.kept[row].astype(np.int64)
-    owner = np.repeat(np.arange(len(row)), entries)
-    flat = np.arange(entries.sum()) - np.repeat(np.cumsum(entries) - entries, entries) + first[row][owner]
-    ids, logprobs = targets.ids[flat], targets.logprobs[flat]
 
-    placed = projection.student_id[ids].astype(np.int64)
-    log_share = np.zeros(len(ids), dtype=np.float32)
-    if projection.realised_path:
-        there, share = _realised(targets, teacher, student, at_teacher, at_student)
-        is_realised = ids == teacher.ids[at_teacher + 1][owner]
-        placed = np.where(is_realised, there[owner], placed)
-        log_share = np.where(is_realised, share[owner], log_share).astype(np.float32)
+@dataclass(frozen=True)
+class Shares:
+    """Which student tokens the kept tokens' mass goes to, for one record: all that a projection decides."""
 
-    informative = np.bincount(owner[placed != REST], minlength=len(row)) > 0
-    if not informative.all():  # nothing of it can be placed: that position says nothing
-        inside = informative[owner]
-        logprobs, placed, log_share = logprobs[inside], placed[inside], log_share[inside]
-        at_student, row, entries = at_student[informative], row[informative], entries[informative]
-        owner = np.repeat(np.arange(len(row)), entries)
+    position: np.ndarray  # int64 [P] the student's positions, ascending
+    row: np.ndarray  # int64 [P] the described position of the teacher that each speaks of
+    inside: np.ndarray  # bool [P] whether the student's token begins inside a teacher's
+    reliability: np.ndarray  # float32 [P]
+    owner: np.ndarray  # int64 [E] which position a share is of
+    kept: np.ndarray  # int64 [E] which kept token it is of, in targets.ids
+    student_id: np.ndarray  # int32 [E]; REST: none
+    log_share: np.ndarray | None  # float32 [E]; None: each is all of it
 
-    span = int(max(placed.max(initial=0), 0)) + 1
-    keys, column = np.unique(np.where(placed == REST, -1, owner * span + placed), return_inverse=True)
-    unplaced = int(len(keys) > 0 and keys[0] == -1)
-    keys = keys[unplaced:]
+    def in_order(self) -> "Shares":
+        """Position after position, and of each the kept tokens in their order."""
+        order = np.lexsort((self.student_id, self.kept, self.owner))
+        flat = {name: value[order] for name in ("owner", "kept", "student_id", "log_share") if (value := getattr(self, name)) is not None}
+        return replace(self, **flat)
+
+    def placed(self) -> np.ndarray:
+        """bool [P]: where some mass goes to a token."""
+        return np.bincount(self.owner[self.student_id != REST], minlength=len(self.position)) > 0
+
+    def where(self, wanted: np.ndarray) -> "Shares":
+        """At some positions only. wanted: bool [P]."""
+        taken = wanted[self.owner]
+        flat = {name: value[taken] for name in ("kept", "student_id", "log_share") if (value := getattr(self, name)) is not None}
+        positions = {name: getattr(self, name)[wanted] for name in ("position", "row", "inside", "reliability")}
+        return replace(self, owner=(np.cumsum(wanted) - 1)[self.owner[taken]], **positions, **flat)
+
+
+class Projection(Protocol):
+    """What a method in pipeline/projections/ gives."""
+
+    student_id: np.ndarray  # int32 [V_teacher] the student token that most of a teacher token's mass goes to, if nothing else is known; REST: none
+    names_tokens: ClassVar[bool] = True
+    """False: what it calls student tokens are none."""
+
+    def shares(self, meeting: Meeting) -> Shares: ...
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Each teacher token is one student token, or none."""
+
+    names_tokens: ClassVar[bool] = True
+    student_id: np.ndarray  # int32 [V_teacher]
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Every token is itself."""
+        return bool((self.student_id == np.arange(len(self.student_id))).all())
+
+    def shares(self, meeting: Meeting) -> Shares:
+        owner, kept = meeting.kept(meeting.row)
+        return at_meetings(meeting, owner, kept, self.student_id[meeting.targets.ids[kept]], None)
+
+
+def at_meetings(meeting: Meeting, owner: np.ndarray, kept: np.ndarray, student_id: np.ndarray, log_share: np.ndarray | None) -> Shares:
+    """Shares at the positions where both begin a token, and nowhere else."""
+    count = len(meeting.row)
+    return Shares(meeting.at_student, meeting.row, np.zeros(count, dtype=bool), np.ones(count, dtype=np.float32), owner, kept, student_id, log_share)
+
+
+def projected(targets: Targets, shares: Shares, vocabulary_size: int) -> Projected:
+    """A record's targets for a student. Positions at which nothing is placed say nothing and are left out.
+
+    Where the student's token begins inside a teacher's, only tokens that go on with its bytes take part, and there is no rest:
+    how much of it would go on so is not known. vocabulary_size: the teacher's, without unused rows of its head.
+    """
+    shares = shares.where(shares.placed())
+    order = np.lexsort((shares.student_id, shares.owner))
+    row = shares.row
     return Projected(
-        position=at_student,
-        entries=entries,
-        logprobs=logprobs,
-        log_share=log_share,
-        column=column - unplaced,  # REST where not placed
-        columns=np.bincount(keys // span, minlength=len(row)),
-        column_ids=(keys % span).astype(np.int32),
-        rests=targets.rests[:, row],
-        unkept=vocabulary_size - entries,
+        position=shares.position,
+        entries=np.bincount(shares.owner, minlength=len(row)),
+        student_id=shares.student_id[order],
+        logprobs=targets.logprobs[shares.kept[order]],
+        log_share=None if shares.log_share is None else shares.log_share[order],
+        rests=np.where(shares.inside, np.float32(-np.inf), targets.rests[:, row]),
+        unkept=np.where(shares.inside, 0, vocabulary_size - targets.kept[row].astype(np.int64)),
+        reliability=shares.reliability,
+        row=row,
         hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden[row], targets.hidden_scale[row]),
     )
 
 
-def _as_it_is(targets: Targets, vocabulary_size: int) -> Projected:
-    """With the same tokens in the same places there is nothing to do."""
+def as_it_is(targets: Targets, vocabulary_size: int) -> Projected:
+    """With the same tokens in the same places there is nothing to do. targets: with the realised token, as in `meet`."""
     entries = targets.kept.astype(np.int64)
     return Projected(
         position=targets.position.astype(np.int64),
         entries=entries,
+        student_id=targets.ids,
         logprobs=targets.logprobs,
         log_share=None,
-        column=None,
-        columns=entries,
-        column_ids=targets.ids,
         rests=targets.rests,
         unkept=vocabulary_size - entries,
+        reliability=np.ones(len(entries), dtype=np.float32),
+        row=np.arange(len(entries)),
         hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden, targets.hidden_scale),
     )
-
-
-def _realised(targets: Targets, teacher: Tokens, student: Tokens, at_teacher: np.ndarray, at_student: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per pair: the student token that the realised teacher token belongs to, and the log of the share of its mass that does.
-
-    A teacher token that reaches at least as far as the student's leads to it for certain. A shorter one leads to it if the
-    text goes on as it did: with the probability of the teacher's further tokens up to the same byte. Where those end
-    elsewhere the share is not known: REST.
-    """
-    realised, wanted = at_teacher + 1, at_student + 1
-    logprob = np.full(len(teacher), np.nan)
-    logprob[targets.position + 1] = targets.realised_logprob
-    until = np.concatenate([[0.0], np.cumsum(np.nan_to_num(logprob))])
-    unknown = np.concatenate([[0], np.cumsum(np.isnan(logprob))])
-    last = np.searchsorted(teacher.end, student.end[wanted])  # the first teacher token that ends there or later
-    last = np.maximum(np.minimum(last, len(teacher) - 1), realised)
-    reaches = (teacher.end[realised] >= student.end[wanted]) | (teacher.kind[realised] == END)
-    follows = (teacher.end[last] == student.end[wanted]) & (unknown[last + 1] == unknown[realised + 1])
-    share = np.where(reaches, 0.0, np.minimum(until[last + 1] - until[realised + 1], 0.0))
-    return np.where(reaches | follows, student.ids[wanted], REST), np.where(reaches | follows, share, 0.0)
 
 
 def at_temperature(records: list[Projected], stored: list[float], temperature: float) -> SparseTarget:
@@ -184,7 +247,10 @@ def at_temperature(records: list[Projected], stored: list[float], temperature: f
     """
     entries = np.concatenate([record.entries for record in records])
     begins = np.cumsum(entries) - entries
+    owner = np.repeat(np.arange(len(entries)), entries)
     scaled = np.concatenate([record.logprobs for record in records]).astype(np.float64) / temperature
+    if any(record.log_share is not None for record in records):
+        scaled += np.concatenate([np.zeros(len(record.logprobs)) if record.log_share is None else record.log_share for record in records])
     log_rest = rest_at(np.concatenate([record.rests for record in records], 1), stored, np.concatenate([record.unkept for record in records]), temperature)
     top = np.maximum(log_rest, np.maximum.reduceat(scaled, begins))
     scaled -= np.repeat(top, entries)
@@ -194,10 +260,18 @@ def at_temperature(records: list[Projected], stored: list[float], temperature: f
     mass /= np.repeat(total, entries)
     rest /= total
 
-    columns = np.concatenate([record.columns for record in records])
-    ids = np.concatenate([record.column_ids for record in records])
-    if any(record.column is not None for record in records):
-        mass, rest = _placed(records, mass, rest)
+    ids = np.concatenate([record.student_id for record in records])
+    new = np.ones(len(ids), dtype=bool)  # each run of entries of one student token is a column
+    new[1:] = (ids[1:] != ids[:-1]) | (owner[1:] != owner[:-1])
+    placed = ids != REST
+    new &= placed
+    if not new.all():
+        if not placed.all():
+            rest += np.bincount(owner[~placed], mass[~placed], len(rest))
+        mass = np.bincount(np.cumsum(new)[placed] - 1, mass[placed])
+        ids = ids[new]
+    columns = np.bincount(owner[new], minlength=len(entries))
+
     width = int(columns.max(initial=1))
     inside = np.arange(width) < columns[:, None]  # [N, C]
     has = columns > 0
@@ -207,21 +281,6 @@ def at_temperature(records: list[Projected], stored: list[float], temperature: f
     probs = np.zeros(inside.shape, dtype=np.float32)
     probs[inside] = mass
     return SparseTarget(torch.from_numpy(padded), torch.from_numpy(probs), torch.from_numpy(rest.astype(np.float32)), temperature)
-
-
-def _placed(records: list[Projected], mass: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The entries' mass summed up in columns, what is not placed in the rest."""
-    columns, shares, first = [], [], 0
-    for record in records:
-        column = np.arange(len(record.logprobs)) if record.column is None else record.column
-        columns.append(np.where(column == REST, REST, column + first))
-        shares.append(np.ones(len(column)) if record.log_share is None else np.exp(record.log_share.astype(np.float64)))
-        first += len(record.column_ids)
-    column, share = np.concatenate(columns), np.concatenate(shares)
-    placed = column != REST
-    unplaced = np.where(placed, mass * (1 - share), mass)
-    owner = np.repeat(np.arange(len(rest)), np.concatenate([record.entries for record in records]))
-    return np.bincount(column[placed], (mass * share)[placed], first), rest + np.bincount(owner, unplaced, len(rest))
 
 
 def specials_to_specials(teacher: Vocabulary, student: Vocabulary, student_id: np.ndarray) -> np.ndarray:

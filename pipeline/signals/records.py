@@ -91,3 +91,8 @@ class Tokens:
 def lead_as_number(lead: bytes) -> int:
     """A number that tells template bytes apart: equal exactly if the bytes are (up to their last six)."""
     return int.from_bytes(b"\1" + lead[-6:], "big") if lead else 0
+
+
+def number_as_lead(number: int) -> bytes:
+    """The (last six) bytes that a lead's number is of."""
+    return number.to_bytes(8, "big").lstrip(b"\0")[1:] if number else b""

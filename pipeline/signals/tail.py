@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.signals.projection import NO_SHARE, REST, Projection, SparseTarget
+from pipeline.signals.projection import NO_SHARE, REST, SparseTarget
 
 FARTHEST = 5.0
 """Log ratios are taken no further from 0: a token's average may be estimated from next to nothing."""
@@ -28,10 +28,13 @@ def means_at(log_means: np.ndarray, stored: list[float], temperature: float) -> 
     return values[left] * (1 - share) + values[left + 1] * share
 
 
-def placed_means(log_means: np.ndarray, projection: Projection, student_size: int) -> np.ndarray:
-    """float64 [S, V_student]: the same in the student's tokens; NaN for those that no teacher token is mapped to."""
-    placed = projection.student_id != REST
-    there = projection.student_id[placed]
+def placed_means(log_means: np.ndarray, student_id: np.ndarray, student_size: int) -> np.ndarray:
+    """float64 [S, V_student]: the same in the student's tokens; NaN for those that no teacher token is mapped to.
+
+    student_id: int32 [V_teacher]; REST: none.
+    """
+    placed = student_id != REST
+    there = student_id[placed]
     sums = np.stack([np.bincount(there, np.exp(means[placed]), student_size) for means in log_means])
     with np.errstate(divide="ignore"):
         logs = np.log(sums)

@@ -33,6 +33,10 @@ class Vocabulary:
                 found[self.token_bytes[id]] = id
         return found
 
+    def longest_prefix(self, data: bytes) -> int | None:
+        """The longest token that the bytes begin with."""
+        return next((self.id_of_bytes[data[:n]] for n in range(min(len(data), int(self.lengths.max())), 0, -1) if data[:n] in self.id_of_bytes), None)
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32 [V]: bytes per token."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.signals.chunks import Chunked, Chunks, joined
 from pipeline.signals.projection import Projected, SparseTarget, at_temperature
 from pipeline.signals.records import Tokens
 
@@ -24,19 +25,21 @@ class Batch:
     weights: Tensor  # float32 [N]
     record: Tensor  # int64 [N] which record a row belongs to
     known: Tensor  # int64 [M] the rows for which there is a word of the teacher
+    known_weights: Tensor  # float32 [M] their weights times how reliable that word is
     teacher: SparseTarget | None  # [M, C]; None if there is none
     hidden: tuple[Tensor, Tensor] | None  # int8 [M, H] and float32 [M]: the teacher's last states and their scales, if they were read
+    chunks: Chunks | None
     tokens: int
     """Without padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known")}
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights")}
         hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
-        return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None, hidden=hidden)
+        return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None, hidden=hidden, chunks=self.chunks.to(device) if self.chunks else None)
 
 
-def make_batch(records: list[Tokens], projected: list[Projected | None], weights: list[float], stored: list[float], temperature: float) -> Batch:
-    """One batch; `projected` is None for records without a teacher's word. stored: the cache's temperatures."""
+def make_batch(records: list[Tokens], projected: list[Projected | None], weights: list[float], stored: list[float], temperature: float, chunks: list[Chunked] | None = None) -> Batch:
+    """One batch; `projected` is None for records without a teacher's word, `chunks` where none are asked for. stored: the cache's temperatures."""
     width = -(-max(len(tokens) for tokens in records) // 8) * 8
     ids = np.zeros((len(records), width), dtype=np.int64)
     rows, realised, known, record_of = [], [], [], []
@@ -52,15 +55,20 @@ def make_batch(records: list[Tokens], projected: list[Projected | None], weights
         first += len(positions)
     words = [word for word in projected if word is not None and len(word.position)]
     record = np.concatenate(record_of)
+    known_rows = np.concatenate([*known, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    weight = np.asarray(weights, dtype=np.float32)[record]
+    reliability = np.concatenate([*(word.reliability for word in words), np.zeros(0, dtype=np.float32)])
     return Batch(
         ids=torch.from_numpy(ids),
         rows=torch.from_numpy(np.concatenate(rows)),
         realised=torch.from_numpy(np.concatenate(realised)),
-        weights=torch.from_numpy(np.asarray(weights, dtype=np.float32)[record]),
+        weights=torch.from_numpy(weight),
         record=torch.from_numpy(record),
-        known=torch.from_numpy(np.concatenate([*known, np.zeros(0, dtype=np.int64)]).astype(np.int64)),
+        known=torch.from_numpy(known_rows),
+        known_weights=torch.from_numpy(weight[known_rows] * reliability),
         teacher=at_temperature(words, stored, temperature) if words else None,
         hidden=(_joined(words, 0), _joined(words, 1)) if words and words[0].hidden is not None else None,
+        chunks=None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records]),
         tokens=sum(len(tokens) for tokens in records),
     )
 

@@ -13,7 +13,7 @@ from pipeline.training.batches import Batch
 
 @dataclass(frozen=True)
 class Part:
-    """A loss under the name it is logged with, its weight, and what it asks for by its parameters' names: student, teacher, realised."""
+    """A loss under the name it is logged with, its weight, and what it asks for by its parameters' names: student, teacher, realised, chunks."""
 
     name: str
     weight: float
@@ -25,6 +25,11 @@ class Part:
 
     @property
     def needs_teacher(self) -> bool:
+        return "teacher" in self.asks_for or "chunks" in self.asks_for
+
+    @property
+    def where_known(self) -> bool:
+        """Whether it is over the rows with a target, not over all."""
         return "teacher" in self.asks_for
 
 
@@ -41,7 +46,7 @@ def parts(objective: list[tuple[str, float, dict[str, object], str]]) -> list[Pa
 
 def mass(batch: Batch) -> Tensor:
     """float64 [2]: the summed weights of all rows and of those with a word of the teacher; over these is averaged."""
-    return torch.stack([batch.weights.double().sum(), batch.weights[batch.known].double().sum()])
+    return torch.stack([batch.weights.double().sum(), batch.known_weights.double().sum()])
 
 
 def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -51,19 +56,19 @@ def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, 
     say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget).
     """
     shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
-    everything: dict[str, Any] = {"student": logits, "realised": batch.realised}
+    everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
     where_known: dict[str, Any] = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher}
     shares: dict[str, Tensor] = {}
     whole = logits[:0].float().sum()  # 0, but of the graph: a batch without any word of the teacher can be gone back through
     for part in objective:
-        if part.needs_teacher and batch.teacher is None:
+        if part.where_known and batch.teacher is None:
             continue
-        given = where_known if part.needs_teacher else everything
+        given = where_known if part.where_known else everything
         if part.tail != "rest" and batch.teacher is not None:
             given = given | {"teacher": replace(batch.teacher, **shared_out[part.tail])}
         values = part.function(*(given[name] for name in part.asks_for), **part.options)
-        weights = batch.weights[batch.known] if part.needs_teacher else batch.weights
-        share = (values * weights).sum() / total[int(part.needs_teacher)].clamp(min=1e-9).float()
+        weights = batch.known_weights if part.where_known else batch.weights
+        share = (values * weights).sum() / total[int(part.where_known)].clamp(min=1e-9).float()
         shares[part.name] = share.detach()
         whole = whole + part.weight * share
     return whole, shares

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.signals.projection import REST, Projection, SparseTarget
+from pipeline.signals.projection import REST, SparseTarget
 from pipeline.signals.selection import strongest, tail_sums
 from pipeline.signals.tail import FARTHEST, log_ratio, means_at, placed_logits, placed_means, student_sums
 
@@ -63,7 +63,7 @@ def test_means_at_stored_temperatures_are_those_and_in_between_close_to_the_trut
 
 def test_a_teacher_s_averages_go_where_its_tokens_go():
     log_means = np.log(np.array([[0.1, 0.2, 0.3, 0.4]]))
-    placed = placed_means(log_means, Projection(np.array([2, 2, REST, 0], np.int32)), 4)
+    placed = placed_means(log_means, np.array([2, 2, REST, 0], np.int32), 4)
     assert np.exp(placed[0, [2, 0]]) == pytest.approx([0.3, 0.4])
     assert np.isnan(placed[0, [1, 3]]).all()
     assert log_ratio(torch.from_numpy(np.exp(placed[0])), torch.full((4,), 0.1))[[1, 3]].tolist() == [0.0, 0.0]

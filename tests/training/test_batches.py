@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pipeline.lookup import find
-from pipeline.signals.projection import Projected, project
+from pipeline.signals.counts import counted
+from pipeline.signals.projection import Projected, meet, projected
 from pipeline.signals.records import END, Tokens
+from pipeline.signals.targets import with_realised
 from pipeline.training.batches import Batch, made_ahead, make_batch
 from tests.signals.dense import asked, student, targets_of, teacher
 from tests.tiny import questions
@@ -23,14 +25,15 @@ RECORDS = [
 
 
 def examples() -> tuple[list[Tokens], list[Projected]]:
-    method = find("projections", "contextual")(teacher().vocabulary, student().vocabulary, student().encode)
+    size = len(teacher().vocabulary)
+    method = find("projections", "contextual")(teacher().vocabulary, student().vocabulary, student().encode, counted([], size))
     rendered, words = [], []
     for seed, record in enumerate(RECORDS):
         a, b = teacher().render(record), student().render(record)
         logits = np.random.default_rng(seed).normal(0, 2, (len(a) - 1, len(teacher().vocabulary)))
-        targets = targets_of(logits, a, np.arange(len(a) - 1, dtype=np.int32), 16, STORED)
+        targets = with_realised(targets_of(logits, a, np.arange(len(a) - 1, dtype=np.int32), 16, STORED), a.ids[1:], STORED)
         rendered.append(b)
-        words.append(project(method, targets, STORED, len(teacher().vocabulary), a, b))
+        words.append(projected(targets, method.shares(meet(record.content, a, targets, b)), size))
     return rendered, words
 
 

@@ -1,0 +1,32 @@
+import torch
+from torch import Tensor
+
+from pipeline.signals.chunks import Chunks
+
+SHIFT = 1e-6
+"""Keeps a chunk that is certain away from where the logarithm ends."""
+
+
+def alm(student: Tensor, realised: Tensor, chunks: Chunks, *, temperature: float = 100.0) -> Tensor:
+    """Approximate likelihood matching: how unlike teacher and student find each smallest stretch of text that both cut out, nats, [N].
+
+    The binary divergence between "this stretch" and "another one", both likelihoods taken to the power 1 / temperature, times
+    the temperature (Minixhofer et al. 2025, arXiv 2503.20083, equation 4), less what the teacher has from itself: 0 where both
+    are equal. It stands at the row of the stretch's last token. student: [N, V] logits; realised: int64 [N].
+    """
+    logprob = -torch.nn.functional.cross_entropy(student.float(), realised, reduction="none")
+    ours = logprob.new_zeros(len(chunks.logprob)).index_add(0, chunks.chunk, logprob[chunks.row])
+    theirs, ours = chunks.logprob / temperature - SHIFT, ours / temperature - SHIFT
+    divergence = temperature * (_binary(theirs, ours) - _binary(theirs, theirs))
+    return logprob.new_zeros(len(logprob)).index_add(0, chunks.last, divergence)
+
+
+def _binary(a: Tensor, b: Tensor) -> Tensor:
+    """Cross entropy of two events: log-probability a of the first, b of the same in the other's eyes."""
+    return -(a.exp() * b - torch.expm1(a) * _log1mexp(b))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0 without cancellation (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    near = x > -0.6931471805599453
+    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, x))))

@@ -1,0 +1,88 @@
+"""The stage: done in pieces by any number of processes, gone on with where it was killed; and `pipeline inspect-projection`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import stages.fit_projection
+from tests.conftest import CONFIG, Place
+from tests.test_reliability import copied, same_files
+
+
+@pytest.fixture
+def cached(done: Place, tmp_path: Path) -> Place:
+    """A cache, and no projection yet."""
+    place = copied(done, tmp_path / "copy")
+    shutil.rmtree(place.path / "runs" / "fit-projection")
+    return place
+
+
+def test_two_processes_do_it_together_and_one_that_was_stopped_is_gone_on_with(done: Place, cached: Place, monkeypatch: pytest.MonkeyPatch):
+    real, made = stages.fit_projection.write_shares, []
+
+    def stops(path, *arguments):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return real(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.fit_projection, "write_shares", stops)
+        cached.pipeline("fit-projection", CONFIG, status=1)
+    (begun,) = (cached.path / "runs" / "fit-projection").iterdir()
+    assert "begun 2 of 7 shards" in cached.pipeline("status", CONFIG)
+    before = {name: (begun / name).stat().st_mtime_ns for name in made}
+    both = [cached.start("fit-projection", CONFIG) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert {name: (begun / name).stat().st_mtime_ns for name in made} == before
+    same_files(begun, done.finished("fit-projection").path)
+    assert "Everything" in cached.pipeline("verify", str(begun), "--deep")
+
+
+def test_a_damaged_piece_is_made_again(done: Place, cached: Place):
+    cached.pipeline("fit-projection", CONFIG)
+    path = cached.finished("fit-projection").path
+    data = bytearray((path / "shares-00001.parquet").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "shares-00001.parquet").write_bytes(data)
+    shutil.rmtree(cached.path / "runs" / "train-student")
+    assert "shares-00001.parquet is damaged" in cached.pipeline("train-student", CONFIG, status=1)
+    cached.invoke("verify", str(path), "--repair")
+    cached.pipeline("fit-projection", CONFIG)
+    same_files(path, done.finished("fit-projection").path)
+
+
+def test_values_without_tokens_need_the_loss_that_asks_for_no_more(cached: Place):
+    told = cached.pipeline("train-student", CONFIG, "--set", "projection.method=uld", status=2)
+    assert "projection.method uld" in told
+    assert "forward_kl" in told
+    cached.pipeline("run", CONFIG, "--set", "projection.method=uld", "--set", "training.objective=[{loss: uld}, {loss: alm}]", "--set", "evaluation.control=false")
+    results = json.loads((cached.path / "runs" / "tiny" / "results.json").read_text())
+    assert results["models"]["distilled"]["kl_to_teacher"] is None
+    assert results["models"]["distilled"]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize("method", ["contextual", "count_transport", "first_token", "exact_bytes"])
+def test_what_a_projection_is_worth_is_told_before_any_training(cached: Place, method: str):
+    cached.pipeline("fit-projection", CONFIG, "--set", f"projection.method={method}")
+    path = str(cached.finished("fit-projection").path)
+    found = cached.json("inspect-projection", path)
+    assert {"coverage", "retained_mass", "agreement", "agreement_ceiling", "bits_per_byte_gap", "ir", "nmi", "nmi_random_map"} <= found.keys()
+    assert found["method"] == method
+    assert sum(row["positions"] for row in found["strata"].values()) == found["positions"]
+    assert 0 < found["retained_mass"] <= 1
+    assert 0.9 < found["nmi_random_map"] <= 1
+    assert 0.5 < found["coverage"] <= 1
+    assert f"{method}: 9 held-out records" in cached.pipeline("inspect-projection", path)
+
+
+def test_the_cache_may_lie_elsewhere_and_must_be_the_right_one(cached: Place):
+    cached.pipeline("fit-projection", CONFIG)
+    path, cache = cached.finished("fit-projection").path, cached.finished("cache-teacher").path
+    cache.rename(cached.path / "elsewhere")
+    assert "--cache" in cached.pipeline("inspect-projection", str(path), status=2)
+    cached.json("inspect-projection", str(path), "--cache", str(cached.path / "elsewhere"))
+    assert "is not the cache" in cached.pipeline("inspect-projection", str(path), "--cache", str(cached.finished("prepare-data").path), status=2)
+    assert "not a projection" in cached.pipeline("inspect-projection", str(cached.finished("prepare-data").path), status=2)
