@@ -221,7 +221,7 @@ def inspect(folder: Path, record: str | None, png: Path | None, as_json: bool) -
 def inspect_projection(folder: Path, cache: Path | None, as_json: bool) -> None:
     """What a finished projection is worth, before any training: measured on the cache's held-out records."""
     _finished(folder)
-    reporting = importlib.import_module("pipeline.reporting.projection")
+    reporting = importlib.import_module("pipeline.reporting.inspection_projection")
     found = reporting.measured(folder, cache)
     click.echo(json.dumps(found) if as_json else reporting.as_text(found))
 

@@ -85,8 +85,9 @@ def by_hand(weights: list[float], which: list[int]) -> dict[str, float]:
         sums["cross_entropy"][0] += weights[i] * float(cross_entropy(logits, batch.realised).double().sum())
         sums["cross_entropy"][1] += weights[i] * len(batch.rows)
         if KNOWN[i]:
-            sums["forward_kl"][0] += weights[i] * float(forward_kl(logits[batch.known], batch.teacher).double().sum())
-            sums["forward_kl"][1] += weights[i] * len(batch.known)
+            reliability = torch.from_numpy(made()[1][i].reliability).double()
+            sums["forward_kl"][0] += weights[i] * float((forward_kl(logits[batch.known], batch.teacher).double() * reliability).sum())
+            sums["forward_kl"][1] += weights[i] * float(reliability.sum())
     return {name: value / number for name, (value, number) in sums.items()}
 
 
@@ -155,7 +156,9 @@ def test_a_part_asks_for_what_its_parameters_are_called():
 def test_mass_counts_weights_of_all_rows_and_of_known_ones():
     batch = batch_of([0, 1, 2, 3, 4])
     weights = np.array(WEIGHTS)[batch.record.numpy()]
-    assert mass(batch).tolist() == pytest.approx([weights.sum(), weights[batch.known.numpy()].sum()])
+    reliability = np.concatenate([word.reliability for word, known in zip(made()[1], KNOWN, strict=True) if known])
+    assert (reliability < 1).any()
+    assert mass(batch).tolist() == pytest.approx([weights.sum(), (weights[batch.known.numpy()] * reliability).sum()])
 
 
 def test_one_batch_can_be_learnt_by_heart():
