@@ -169,10 +169,6 @@ def _strata_of(tokens: Tokens, student: Vocabulary) -> dict[int, str]:
 def _surely_followed(example: Example, tokens: Tokens, position: np.ndarray) -> np.ndarray:
     """bool [P]: whether every teacher token that the student's token reaches into was the teacher's first choice."""
     targets, teacher = example.targets, example.tokens
-    owner = np.repeat(np.arange(len(targets.kept)), targets.kept)
-    best = np.full(len(targets.kept), -np.inf)
-    np.maximum.at(best, owner, targets.logprobs)
-    # what follows is stored exactly and the kept ones in steps: the same token is within half a step
     chosen = np.zeros(len(teacher) + 1, dtype=bool)
     first = np.concatenate([[0], np.cumsum(targets.kept.astype(np.int64))])
     top = np.array([targets.ids[a + int(targets.logprobs[a:b].argmax())] if b > a else -1 for a, b in zip(first[:-1].tolist(), first[1:].tolist(), strict=True)])
