@@ -24,7 +24,7 @@ STAGES = (
     Stage(
         name="fit-projection",
         module="stages.fit_projection",
-        version=2,
+        version=3,
         reads=("student_tokenizer", "projection"),
         needs=("cache-teacher",),
         on_the_way=True,

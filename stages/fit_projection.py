@@ -5,26 +5,31 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
-from pipeline.cache.projected import Fitted, read_counts, shares_file, write_counts, write_map, write_shares
-from pipeline.cache.reader import Cache
+from pipeline.cache.projected import Fitted, read_counts, shares_file, values_file, write_counts, write_map, write_shares, write_values
+from pipeline.cache.reader import Cache, Example
 from pipeline.config import Projection, TokenizerSource
 from pipeline.errors import InputError
+from pipeline.files import appears_whole
 from pipeline.lookup import find, parameters
 from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
 from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.counts import counted
-from pipeline.signals.projection import REST, meet
-from pipeline.signals.records import Tokens
+from pipeline.signals.fitting import Layer, Places, fit
+from pipeline.signals.projection import REST, Meeting, meet
 from pipeline.signals.targets import with_realised
 from pipeline.signals.vocabulary import same_vocabulary
 
 COUNTS, COUNTS_FILE = "counts", "counts.parquet"
+WEIGHTS, WEIGHTS_FILE = "weights", "projection-weights.safetensors"
 MAP, MAP_FILE = "map", "projection.parquet"
 COUNTED_POSITIONS = 2_000_000
 """Of the training answers, for methods that count: shard after shard in an order of their own, until there are so many."""
+TRAINED_POSITIONS = 200_000
+"""The same for methods that are trained, at positions where both begin a token."""
 
 
 def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -40,50 +45,77 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
             "Choose a student with the teacher's tokenizer, or make the cache with `text: keep`."
         )
     asks_for = parameters("projections", method)[0]
-    given = {"teacher": teacher, "student": student.vocabulary, "encode": student.encode}
+    given: dict[str, Any] = {"teacher": teacher, "student": student.vocabulary, "encode": student.encode}
     if "counts" in asks_for:
         for _ in out.pieces([COUNTS], keys={COUNTS: out.path.name}):
-            said = write_counts(out.path / COUNTS_FILE, counted(_some(cache, student), len(teacher)))
+            said = write_counts(out.path / COUNTS_FILE, counted(((example.tokens, student.render(example.record)) for example in _some(cache, COUNTED_POSITIONS)), len(teacher)))
             out.commit(COUNTS, {COUNTS_FILE: said}, key=out.path.name)
         given["counts"] = read_counts(out.path / COUNTS_FILE, len(teacher))
+
+    def trained(layer: Layer, **how: Any) -> None:
+        """Train, or take what was trained before."""
+        for _ in out.pieces([WEIGHTS], keys={WEIGHTS: out.path.name}):
+            found = fit(layer, _places(cache, student), **how)
+            with appears_whole(out.path / WEIGHTS_FILE, absent=True) as temporary:
+                save_file(layer.state_dict(), temporary)
+            out.commit(WEIGHTS, {WEIGHTS_FILE: {}}, key=out.path.name, **found)
+        layer.load_state_dict(load_file(out.path / WEIGHTS_FILE))
+
+    given["trained"] = trained
     options = {} if same else {key: value for key, value in projection.options().items() if key != "method"}
     fitted = find("projections", method)(*(given[name] for name in asks_for), **options)
     for _ in out.pieces([MAP], keys={MAP: out.path.name}):
-        said = write_map(out.path / MAP_FILE, Fitted(method, cache.about["vocabulary"], student.digest(), fitted.names_tokens, fitted.student_id))
+        said = write_map(out.path / MAP_FILE, Fitted(method, cache.about["vocabulary"], student.digest(), fitted.form, fitted.student_id))
         out.commit(MAP, {MAP_FILE: said}, key=out.path.name)
 
     summary = {"method": method, "teacher_tokens": len(teacher), "student_tokens": len(student.vocabulary), "teacher_tokens_placed": int(np.count_nonzero(fitted.student_id != REST))}
+    if WEIGHTS in out.names():
+        summary |= {key: value for key, value in out.info(WEIGHTS).items() if key != "key"}
     if method == "identity":
         return summary
     names = [f"{shard:05d}" for shard in range(len(cache.about["shards"]))]
     out.plan("shards", len(names))
     progress = Progress("fit-projection", total=len(names), done=len(set(names) & set(out.names())), unit="shards")
     for name in out.pieces(names, keys=dict.fromkeys(names, out.path.name)):
-        found, first, wanted = [], [], 0
+        meetings, wanted = [], 0
         examples = list(cache.of_shard(int(name)))
         for example in examples:
-            tokens = student.render(example.record)
-            targets = with_realised(example.targets, example.tokens.ids[example.targets.position + 1], cache.temperatures)
-            meeting = meet(example.record.content, example.tokens, targets, tokens)
-            found.append(fitted.shares(meeting))
-            first.append(meeting.first)
-            wanted += len(tokens.answer_positions())
-        said = write_shares(out.path / shares_file(int(name)), [example.record.id for example in examples], found, first, cache.about["shards"][int(name)]["groups"])
-        told = [shares.placed() for shares in found]
-        placed, inside = sum(int(there.sum()) for there in told), sum(int((there & shares.inside).sum()) for there, shares in zip(told, found, strict=True))
-        out.commit(name, {shares_file(int(name)): said}, key=out.path.name, student_positions=wanted, placed_positions=placed, inside=inside)
+            meetings.append(_meeting(cache, student, example))
+            wanted += len(meetings[-1].student.answer_positions())
+        records, cut = [example.record.id for example in examples], cache.about["shards"][int(name)]["groups"]
+        if fitted.form == "values":
+            file, inside = values_file(int(name)), 0
+            words = [fitted.values(meeting, cache.temperatures) for meeting in meetings]
+            said = write_values(out.path / file, records, words, cut)
+            placed = sum(len(word.position) for word in words)
+        else:
+            file = shares_file(int(name))
+            found = [fitted.shares(meeting) for meeting in meetings]
+            said = write_shares(out.path / file, records, found, [meeting.first for meeting in meetings], cut)
+            told = [shares.placed() for shares in found]
+            placed, inside = sum(int(there.sum()) for there in told), sum(int((there & shares.inside).sum()) for there, shares in zip(told, found, strict=True))
+        out.commit(name, {file: said}, key=out.path.name, student_positions=wanted, placed_positions=placed, inside=inside)
         progress.advance(1, wanted)
     shards = [out.info(name) for name in names]
     total = {key: sum(shard[key] for shard in shards) for key in ("student_positions", "placed_positions", "inside")}
     return summary | total | {"coverage": round(total["placed_positions"] / max(total["student_positions"], 1), 4)}
 
 
-def _some(cache: Cache, student: RecordTokenizer) -> Iterator[tuple[Tokens, Tokens]]:
-    """The teacher's and the student's tokens of training records."""
+def _some(cache: Cache, positions: int) -> Iterator[Example]:
+    """Training records."""
     count = 0
     for shard in sorted(cache.shards("train"), key=lambda shard: hashlib.sha256(str(shard).encode()).digest()):
         for example in cache.of_shard(shard):
-            yield example.tokens, student.render(example.record)
+            yield example
             count += len(example.targets.position)
-        if count >= COUNTED_POSITIONS:
+        if count >= positions:
             return
+
+
+def _meeting(cache: Cache, student: RecordTokenizer, example: Example) -> Meeting:
+    targets = with_realised(example.targets, example.tokens.ids[example.targets.position + 1], cache.temperatures)
+    return meet(example.record.content, example.tokens, targets, student.render(example.record))
+
+
+def _places(cache: Cache, student: RecordTokenizer) -> Places:
+    return Places.joined(Places.of(_meeting(cache, student, example)) for example in _some(cache, TRAINED_POSITIONS))

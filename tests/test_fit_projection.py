@@ -64,7 +64,44 @@ def test_values_without_tokens_need_the_loss_that_asks_for_no_more(cached: Place
     assert results["models"]["distilled"]["bits_per_byte"] > 0
 
 
-@pytest.mark.parametrize("method", ["contextual", "count_transport", "first_token", "exact_bytes"])
+@pytest.mark.parametrize("method", ["learned", "low_rank"])
+def test_what_was_trained_is_trained_once(cached: Place, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch):
+    real, made = stages.fit_projection.fit, []
+
+    def counted(*arguments, **how):
+        made.append(how)
+        return real(*arguments, **how)
+
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    chosen = ("--set", f"projection.method={method}")
+    monkeypatch.setattr(stages.fit_projection, "fit", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.fit_projection, "write_map", stops)
+        cached.pipeline("fit-projection", CONFIG, *chosen, status=1)
+    cached.pipeline("fit-projection", CONFIG, *chosen)
+    assert len(made) == 1
+    begun = cached.finished("fit-projection")
+    assert {"projection-weights.safetensors", "counts.parquet"} <= set(begun.names())
+    assert begun.summary["nats_after"] <= begun.summary["nats_before"]
+    assert begun.summary["places"] > 100
+    other = copied(cached, tmp_path / "other")
+    shutil.rmtree(other.path / "runs" / "fit-projection")
+    other.pipeline("fit-projection", CONFIG, *chosen)
+    same_files(begun.path, other.finished("fit-projection").path)
+    other.pipeline("fit-projection", CONFIG, *chosen, "--set", "projection.learning_rate=0.1")
+    assert len(made) == 3
+
+
+def test_a_student_is_trained_with_values(cached: Place):
+    cached.pipeline("run", CONFIG, "--set", "projection.method=low_rank", "--set", "evaluation.control=false")
+    results = json.loads((cached.path / "runs" / "tiny" / "results.json").read_text())
+    assert results["models"]["distilled"]["kl_to_teacher"] > 0
+    assert "Everything" in cached.pipeline("verify", str(cached.finished("fit-projection").path), "--deep")
+
+
+@pytest.mark.parametrize("method", ["contextual", "learned", "low_rank", "count_transport", "first_token", "exact_bytes"])
 def test_what_a_projection_is_worth_is_told_before_any_training(cached: Place, method: str):
     cached.pipeline("fit-projection", CONFIG, "--set", f"projection.method={method}")
     path = str(cached.finished("fit-projection").path)

@@ -20,9 +20,9 @@ from pipeline.cache.reader import WINDOW, Cache, Example, decoding, read_table, 
 from pipeline.cache.writer import lists_of, write_table
 from pipeline.errors import Mismatch
 from pipeline.signals.counts import Counts
-from pipeline.signals.projection import Projected, Shares, TokenMap, as_it_is, meet, projected
+from pipeline.signals.projection import FORMS, Form, Projected, Shares, TokenMap, as_it_is, meet, projected
 from pipeline.signals.records import Record, Tokens
-from pipeline.signals.targets import with_realised
+from pipeline.signals.targets import Targets, with_realised
 
 MAP = pa.schema([("student_id", pa.int32())])
 COUNTS = pa.schema([("teacher_id", pa.int32()), ("student_id", pa.int32()), ("count", pa.int64())])
@@ -39,7 +39,20 @@ SHARES = pa.schema(
         ("log_share", pa.list_(pa.float32())),
     ]
 )
-REPEATED = ("inside", "reliability", "log_share")
+VALUES = pa.schema(
+    [
+        ("record", pa.string()),
+        ("position", pa.list_(pa.int32())),
+        ("row", pa.list_(pa.int32())),
+        ("entries", pa.list_(pa.uint16())),
+        ("unkept", pa.list_(pa.int32())),
+        ("student_id", pa.list_(pa.int32())),
+        ("logprob", pa.list_(pa.float32())),
+        ("rests", pa.list_(pa.float32())),
+    ]
+)
+"""Of a method whose word is not the teacher's mass shared out. rests: of the first stored temperature for all positions, and so on."""
+REPEATED = ("inside", "reliability", "log_share", "unkept")
 """Columns with few different values."""
 
 
@@ -52,14 +65,13 @@ class Fitted:
     """The digest of the teacher's vocabulary that it was made for."""
     rendering: str
     """And of the student's tokenizer and template."""
-    names_tokens: bool
-    """Whether the target's tokens are the student's, or only values to be sorted."""
+    form: Form
     student_id: np.ndarray  # int32 [V_teacher]
 
 
 def write_map(path: Path, fitted: Fitted) -> dict[str, Any]:
     """Its rows and their digest. FileExistsError if the file is there with other bytes."""
-    about = {"method": fitted.method, "vocabulary": fitted.vocabulary, "rendering": fitted.rendering, "names_tokens": str(fitted.names_tokens)}
+    about = {"method": fitted.method, "vocabulary": fitted.vocabulary, "rendering": fitted.rendering, "form": fitted.form}
     return _written(path, pa.table({"student_id": fitted.student_id}, MAP), about)
 
 
@@ -67,7 +79,13 @@ def read_map(path: Path) -> Fitted:
     table = read_table(path, MAP)
     with decoding(path):
         about = {key.decode(): value.decode() for key, value in pq.read_schema(path).metadata.items()}
-        return Fitted(about["method"], about["vocabulary"], about["rendering"], about["names_tokens"] == "True", table["student_id"].to_numpy())
+        return Fitted(about["method"], about["vocabulary"], about["rendering"], _form(about["form"]), table["student_id"].to_numpy())
+
+
+def _form(name: str) -> Form:
+    if name not in FORMS:
+        raise ValueError(f"{name} is no form of a projection")
+    return FORMS[FORMS.index(name)]
 
 
 def write_shares(path: Path, records: list[str], found: list[Shares], first: list[np.ndarray], cut: list[int]) -> dict[str, Any]:
@@ -87,6 +105,21 @@ def write_shares(path: Path, records: list[str], found: list[Shares], first: lis
     }
     table = pa.table(columns, SHARES)
     return _written(path, table, {}, cut)
+
+
+def write_values(path: Path, records: list[str], found: list[Projected], cut: list[int]) -> dict[str, Any]:
+    """One row a record, and its rows and their digest. cut: records of each row group."""
+    columns = {
+        "record": pa.array(records, pa.string()),
+        "position": lists_of([word.position for word in found], pa.int32()),
+        "row": lists_of([word.row for word in found], pa.int32()),
+        "entries": lists_of([word.entries for word in found], pa.uint16()),
+        "unkept": lists_of([word.unkept for word in found], pa.int32()),
+        "student_id": lists_of([word.student_id for word in found], pa.int32()),
+        "logprob": lists_of([word.logprobs for word in found], pa.float32()),
+        "rests": lists_of([word.rests.flatten() for word in found], pa.float32()),
+    }
+    return _written(path, pa.table(columns, VALUES), {}, cut)
 
 
 def write_counts(path: Path, counts: Counts) -> dict[str, Any]:
@@ -109,6 +142,10 @@ def _written(path: Path, table: pa.Table, about: dict[str, str], cut: list[int] 
 
 def shares_file(shard: int) -> str:
     return f"shares-{shard:05d}.parquet"
+
+
+def values_file(shard: int) -> str:
+    return f"values-{shard:05d}.parquet"
 
 
 class StudentView:
@@ -144,6 +181,8 @@ class StudentView:
         """inside: also at positions where the student's token begins inside a teacher's."""
         teacher = example.tokens
         targets = with_realised(example.targets, teacher.ids[example.targets.position + 1], self.cache.temperatures)
+        if self.fitted.form == "values":
+            return self._values(example, targets)
         if self._same is None:
             first = np.concatenate([[0], np.cumsum(targets.kept.astype(np.int64))])
             shares = self.shares(example, first)
@@ -154,18 +193,8 @@ class StudentView:
 
     def shares(self, example: Example, first: np.ndarray) -> Shares:
         """What fit-projection said of a record. first: int64 [rows], where each row's kept tokens begin."""
-        shard, group, row = example.place
-        path = self._file(shares_file(shard))
-        with self._lock:
-            if (shard, group) not in self._open:
-                self._open[shard, group] = _read_group(path, group)
-                while len(self._open) > WINDOW + 1:
-                    self._open.popitem(last=False)
-            self._open.move_to_end((shard, group))
-            stored = self._open[shard, group][row]
+        stored, path = self._stored(example, shares_file, SHARES)
         with decoding(path):
-            if stored["record"] != example.record.id:
-                raise ValueError(f"it has {stored['record']} where the cache has {example.record.id}")
             owner = np.repeat(np.arange(len(stored["position"])), stored["entries"])
             if (stored["kept"] >= np.diff(first)[stored["row"]][owner]).any():
                 raise ValueError("it names a kept token that the cache does not have there")
@@ -180,10 +209,43 @@ class StudentView:
                 log_share=stored["log_share"],
             )
 
+    def _values(self, example: Example, targets: Targets) -> Projected:
+        stored, path = self._stored(example, values_file, VALUES)
+        row = stored["row"].astype(np.int64)
+        with decoding(path):
+            return Projected(
+                position=stored["position"].astype(np.int64),
+                entries=stored["entries"].astype(np.int64),
+                student_id=stored["student_id"],
+                logprobs=stored["logprob"],
+                log_share=None,
+                rests=stored["rests"].reshape(len(self.cache.temperatures), -1),
+                unkept=stored["unkept"].astype(np.int64),
+                reliability=np.ones(len(row), dtype=np.float32),
+                row=row,
+                hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden[row], targets.hidden_scale[row]),
+            )
 
-def _read_group(path: Path, group: int) -> list[dict[str, Any]]:
+    def _stored(self, example: Example, named: Callable[[int], str], schema: pa.Schema) -> tuple[dict[str, Any], Path]:
+        """What fit-projection wrote of a record, and in which file."""
+        shard, group, row = example.place
+        path = self._file(named(shard))
+        with self._lock:
+            if (shard, group) not in self._open:
+                self._open[shard, group] = _read_group(path, schema, group)
+                while len(self._open) > WINDOW + 1:
+                    self._open.popitem(last=False)
+            self._open.move_to_end((shard, group))
+            stored = self._open[shard, group][row]
+        with decoding(path):
+            if stored["record"] != example.record.id:
+                raise ValueError(f"it has {stored['record']} where the cache has {example.record.id}")
+        return stored, path
+
+
+def _read_group(path: Path, schema: pa.Schema, group: int) -> list[dict[str, Any]]:
     """One dictionary a record."""
-    table = read_table(path, SHARES, group)
+    table = read_table(path, schema, group)
     with decoding(path):
-        columns = {name: table[name].to_pylist() if name == "record" else split_lists(table[name]) for name in SHARES.names}
+        columns = {name: table[name].to_pylist() if name == "record" else split_lists(table[name]) for name in schema.names}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -45,7 +45,7 @@ class StudentScorer:
         self._module, self._render, self._view, self._batch = module, render, view, batch_records
         self._examples = {_key(example.record): example for example in examples}
         # a handful of draws is an unbiased target to train on, but the divergence from it is not the teacher's
-        self._compared = view.cache.about["method"] != "sampled" and view.fitted.names_tokens
+        self._compared = view.cache.about["method"] != "sampled" and view.fitted.form != "ranks"
         self._known: dict[tuple[str, str], Score] = {}
         self.tokens = 0
         self.seconds = 0.0

@@ -5,7 +5,7 @@ import numpy as np
 
 from pipeline.signals.counts import Counts, Matrix
 from pipeline.signals.first_tokens import LONGEST, NONE, Encode, FirstTokens
-from pipeline.signals.projection import REST, Meeting, Shares
+from pipeline.signals.projection import REST, Form, Meeting, Shares
 from pipeline.signals.records import ANSWER, END, number_as_lead
 from pipeline.signals.vocabulary import Vocabulary
 
@@ -40,7 +40,7 @@ def contextual(
 
 @dataclass(frozen=True)
 class Contextual:
-    names_tokens: ClassVar[bool] = True
+    form: ClassVar[Form] = "shares"
     student_id: np.ndarray  # int32 [V_teacher] with nothing before
     token_bytes: list[bytes]  # [V_teacher]
     plain: np.ndarray  # bool [V_teacher] which have bytes

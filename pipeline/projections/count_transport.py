@@ -6,7 +6,7 @@ import numpy as np
 from pipeline.projections.first_token import first_token
 from pipeline.signals.counts import Counts, Matrix
 from pipeline.signals.first_tokens import Encode
-from pipeline.signals.projection import Meeting, Shares, at_meetings
+from pipeline.signals.projection import Form, Meeting, Shares, at_meetings
 from pipeline.signals.vocabulary import Vocabulary
 
 
@@ -22,7 +22,7 @@ def count_transport(teacher: Vocabulary, student: Vocabulary, encode: Encode, co
 
 @dataclass(frozen=True)
 class CountTransport:
-    names_tokens: ClassVar[bool] = True
+    form: ClassVar[Form] = "shares"
     student_id: np.ndarray  # int32 [V_teacher]
     matrix: Matrix
 

@@ -1,6 +1,8 @@
+from typing import ClassVar
+
 import numpy as np
 
-from pipeline.signals.projection import REST, Meeting, Shares, at_meetings
+from pipeline.signals.projection import REST, Form, Meeting, Shares, at_meetings
 from pipeline.signals.vocabulary import Vocabulary
 
 
@@ -10,7 +12,7 @@ def uld(teacher: Vocabulary) -> "Ranks":
 
 
 class Ranks:
-    names_tokens = False
+    form: ClassVar[Form] = "ranks"
 
     def __init__(self, student_id: np.ndarray) -> None:
         self.student_id = student_id

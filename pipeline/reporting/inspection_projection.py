@@ -58,7 +58,7 @@ def measured(folder: Path, cache_folder: Path | None, records: int = RECORDS) ->
     source = Inputs({}, folder.absolute().parents[1]).model(named["tokenizer"], named["revision"])
     student = load_tokenizer(source, named["revision"], cache.about["template"], named["tokenizer"])
     view = StudentView(cache, finished.file, student.render, student.digest())
-    if not view.fitted.names_tokens:
+    if view.fitted.form == "ranks":
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: there is nothing to measure.")
     split = "heldout" if cache.count("heldout") else "train"
     examples = list(islice((example for example in cache.examples(split) if not example.record.choice_of), records))

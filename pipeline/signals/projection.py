@@ -6,7 +6,7 @@ on the temperature. Mass is tempered before it is projected: projecting first wo
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from pipeline.signals.targets import Targets, rest_at
 from pipeline.signals.vocabulary import Vocabulary
 
 REST = -1
+Form = Literal["shares", "ranks", "values"]
+"""shares: the teacher's mass shared out among student tokens; ranks: the same, but what is called student tokens are none; values:
+a distribution over student tokens that is no sharing-out."""
+FORMS = get_args(Form)
 
 
 @dataclass(frozen=True)
@@ -170,18 +174,33 @@ class Shares:
 class Projection(Protocol):
     """What a method in pipeline/projections/ gives."""
 
-    student_id: np.ndarray  # int32 [V_teacher] the student token that most of a teacher token's mass goes to, if nothing else is known; REST: none
-    names_tokens: ClassVar[bool] = True
-    """False: what it calls student tokens are none."""
+    form: ClassVar[Form]
+
+    @property
+    def student_id(self) -> np.ndarray:
+        """int32 [V_teacher]: the student token that most of a teacher token's mass goes to, if nothing else is known; REST: none."""
+        ...
+
+
+class Sharing(Projection, Protocol):
+    """Whose form is shares or ranks."""
 
     def shares(self, meeting: Meeting) -> Shares: ...
+
+
+class Valued(Projection, Protocol):
+    """Whose form is values."""
+
+    def values(self, meeting: Meeting, temperatures: list[float]) -> Projected:
+        """At the positions where both begin a token. temperatures: those that the cache has rests at."""
+        ...
 
 
 @dataclass(frozen=True)
 class TokenMap:
     """Each teacher token is one student token, or none."""
 
-    names_tokens: ClassVar[bool] = True
+    form: ClassVar[Form] = "shares"
     student_id: np.ndarray  # int32 [V_teacher]
 
     @cached_property

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import projected as stored
-from pipeline.cache.projected import Fitted, StudentView, read_counts, read_map, shares_file, write_counts, write_map, write_shares
+from pipeline.cache.projected import SHARES, Fitted, StudentView, read_counts, read_map, shares_file, values_file, write_counts, write_map, write_shares, write_values
 from pipeline.cache.reader import Cache
 from pipeline.errors import DamageError, Mismatch
 from pipeline.lookup import find
@@ -67,7 +67,7 @@ def test_shares_in_any_order_come_back_at_their_positions(tmp_path: Path):
     found = [some(0, np.array([3, 0, 2, 2, 1, 0, 3])), some(1, np.zeros(0, dtype=np.int64)), some(2, np.array([1, 0]))]
     first = [np.arange(4) * 100] * 3
     write_shares(tmp_path / shares_file(0), ["a", "b", "c"], found, first, [2, 1])
-    rows = [*stored._read_group(tmp_path / shares_file(0), 0), *stored._read_group(tmp_path / shares_file(0), 1)]
+    rows = [*stored._read_group(tmp_path / shares_file(0), SHARES, 0), *stored._read_group(tmp_path / shares_file(0), SHARES, 1)]
     assert [row["record"] for row in rows] == ["a", "b", "c"]
     for row, shares, begin in zip(rows, found, first, strict=True):
         owner = np.repeat(np.arange(len(row["position"])), row["entries"])
@@ -87,10 +87,10 @@ def test_counts_and_the_map_come_back(tmp_path: Path):
     back = read_counts(tmp_path / "counts.parquet", 5)
     assert back.total.tolist() == [0, 2, 0, 0, 6]
     assert [array.tolist() for array in (back.begin, back.student_id, back.count)] == [array.tolist() for array in (counts.begin, counts.student_id, counts.count)]
-    fitted = Fitted("contextual", "v", "r", True, np.array([1, REST, 3], np.int32))
+    fitted = Fitted("contextual", "v", "r", "shares", np.array([1, REST, 3], np.int32))
     write_map(tmp_path / "map.parquet", fitted)
     back = read_map(tmp_path / "map.parquet")
-    assert (back.method, back.vocabulary, back.rendering, back.names_tokens, back.student_id.tolist()) == ("contextual", "v", "r", True, [1, REST, 3])
+    assert (back.method, back.vocabulary, back.rendering, back.form, back.student_id.tolist()) == ("contextual", "v", "r", "shares", [1, REST, 3])
 
 
 def test_what_is_of_another_record_or_out_of_range_is_damage(parts: tuple[Cache, Place, RecordTokenizer], tmp_path: Path):
@@ -114,6 +114,29 @@ def test_what_is_of_another_record_or_out_of_range_is_damage(parts: tuple[Cache,
     far = whole.set_column(index, whole.schema.field(index), pa.array(kept, whole.schema.field(index).type))
     with pytest.raises(DamageError, match="does not have"):
         view_of(far).projected(example, student.render(example.record))
+
+
+def test_a_view_of_values_gives_what_was_written(parts: tuple[Cache, Place, RecordTokenizer], tmp_path: Path):
+    cache, _, student = parts
+    pairs = [(example.tokens, student.render(example.record)) for example in cache.examples("train")]
+    method = find("projections", "low_rank")(cache.vocabulary(), student.vocabulary, counted(pairs, len(cache.vocabulary())), lambda layer, **how: None, keep=7)
+    shard = cache.shards("train")[0]
+    examples = list(cache.of_shard(shard))
+    words = []
+    for example in examples:
+        targets = with_realised(example.targets, example.tokens.ids[example.targets.position + 1], cache.temperatures)
+        words.append(method.values(meet(example.record.content, example.tokens, targets, student.render(example.record)), cache.temperatures))
+    write_values(tmp_path / values_file(shard), [example.record.id for example in examples], words, cache.about["shards"][shard]["groups"])
+    write_map(tmp_path / "projection.parquet", Fitted("low_rank", cache.about["vocabulary"], student.digest(), "values", method.student_id))
+    view = StudentView(cache, lambda name: tmp_path / name, student.render, student.digest())
+    for example, wanted in zip(examples, words, strict=True):
+        found = view.projected(example, view.tokens(example))
+        for name in ("position", "entries", "student_id", "logprobs", "rests", "unkept", "reliability", "row"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+    assert len(words[0].position) * 7 == len(words[0].student_id) > 0
+    write_map(tmp_path / "odd.parquet", Fitted("low_rank", "v", "r", "elsewhere", method.student_id))  # type: ignore[arg-type]
+    with pytest.raises(DamageError, match="no form of a projection"):
+        read_map(tmp_path / "odd.parquet")
 
 
 def test_a_projection_for_another_rendering_is_refused(parts: tuple[Cache, Place, RecordTokenizer]):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.lookup import find, parameters
 from pipeline.models.tokenizers import RecordTokenizer
 from pipeline.signals.counts import Counts, counted
+from pipeline.signals.fitting import Layer
 from pipeline.signals.projection import Projected, Projection, SparseTarget, at_temperature, meet, projected
 from pipeline.signals.records import ANSWER, END, TEMPLATE, Record, Segment, Tokens
 from pipeline.signals.targets import Targets, with_realised
@@ -23,7 +24,7 @@ from tests.signals.dense import asked, log_softmax, log_sum, student, targets_of
 from tests.tiny import questions
 
 TEMPERATURES = [1.0, 2.0, 8.0]
-ACROSS = ("exact_bytes", "first_token", "count_transport", "contextual")
+ACROSS = ("exact_bytes", "first_token", "count_transport", "contextual", "learned")
 STATIC = ACROSS[:3]
 RECORDS = [
     asked("What is it?", "thinning 12345 of the kidney 12 of 100."),
@@ -76,14 +77,26 @@ def no_counts(size: int) -> Counts:
     return Counts.of_pairs(nothing, nothing, nothing, size)
 
 
-def build(method: str, one: RecordTokenizer, other: RecordTokenizer, counts: Counts | None = None, **options: Any) -> Projection:
+def untrained(layer: Layer, **how: Any) -> None:
+    pass
+
+
+def shaken(layer: Layer, **how: Any) -> None:
+    """Instead of training: every weight somewhere else."""
+    random = torch.Generator().manual_seed(how["seed"])
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight += torch.randn(weight.shape, generator=random)
+
+
+def build(method: str, one: RecordTokenizer, other: RecordTokenizer, counts: Counts | None = None, trained: Callable[..., None] = shaken, **options: Any) -> Any:
     """The method with what it asks for by name."""
-    given = {"teacher": one.vocabulary, "student": other.vocabulary, "encode": other.encode, "counts": no_counts(len(one.vocabulary)) if counts is None else counts}
+    given = {"teacher": one.vocabulary, "student": other.vocabulary, "encode": other.encode, "counts": no_counts(len(one.vocabulary)) if counts is None else counts, "trained": trained}
     return find("projections", method)(*(given[name] for name in parameters("projections", method)[0]), **options)
 
 
 @cache
-def made(method: str, pair: str = "tiny") -> Projection:
+def made(method: str, pair: str = "tiny") -> Any:
     return build(method, *sides(pair), counts_of(pair))
 
 

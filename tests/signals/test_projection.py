@@ -30,6 +30,7 @@ from tests.projections.made import (
     put,
     put_tokens,
     said,
+    untrained,
     without_last,
 )
 from tests.signals.dense import NASTY_TEXTS, asked, log_softmax, student, targets_of, teacher, tokens_of
@@ -288,8 +289,8 @@ def test_permuting_the_students_ids_permutes_the_target_and_changes_the_loss(met
     other, counts = renamed(student(), to), counts_of("tiny")
     permuted = counts.of_pairs(np.repeat(np.arange(SIZES[0], dtype=np.int32), np.diff(counts.begin)), to[counts.student_id], counts.count, SIZES[0])
     targets = said(teacher(), RECORDS[0], 16, 0).targets
-    one = at_temperature([put(made(method), teacher(), student(), RECORDS[0], targets)], TEMPERATURES, 1.0)
-    two = at_temperature([put(build(method, teacher(), other, permuted), teacher(), other, RECORDS[0], targets)], TEMPERATURES, 1.0)
+    one = at_temperature([put(build(method, teacher(), student(), counts, untrained), teacher(), student(), RECORDS[0], targets)], TEMPERATURES, 1.0)
+    two = at_temperature([put(build(method, teacher(), other, permuted, untrained), teacher(), other, RECORDS[0], targets)], TEMPERATURES, 1.0)
     np.testing.assert_allclose(dense(two, SIZES[1])[:, [*to, SIZES[1]]], dense(one, SIZES[1]), atol=1e-7)
     logits = torch.randn(len(one.rest), SIZES[1], generator=torch.Generator().manual_seed(0))
     assert not torch.allclose(forward_kl(logits, one), forward_kl(logits, two), atol=1e-2)
