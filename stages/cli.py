@@ -217,12 +217,13 @@ def inspect(folder: Path, record: str | None, png: Path | None, as_json: bool) -
 @main.command("inspect-projection")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--cache", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER", help="The cache that it was made for, if that does not lie beside it.")
+@click.option("--teacher-positions", type=click.IntRange(min=0), default=0, metavar="N", help="Also load the teacher, ask it at N positions, and tell how far the targets are from that.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
-def inspect_projection(folder: Path, cache: Path | None, as_json: bool) -> None:
+def inspect_projection(folder: Path, cache: Path | None, teacher_positions: int, as_json: bool) -> None:
     """What a finished projection is worth, before any training: measured on the cache's held-out records."""
     _finished(folder)
     reporting = importlib.import_module("pipeline.reporting.inspection_projection")
-    found = reporting.measured(folder, cache)
+    found = reporting.measured(folder, cache, teacher_positions)
     click.echo(json.dumps(found) if as_json else reporting.as_text(found))
 
 

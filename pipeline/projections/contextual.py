@@ -69,9 +69,10 @@ class Contextual:
         total = np.bincount(root, mass, len(places.row)).astype(np.float64)
         inside = np.array([bool(read) for read in places.read], dtype=bool)
         to = np.where((inside & (total < self.least_mass))[root], REST, to)
-        total += np.where(inside, 0.0, np.exp(meeting.targets.rests[0, places.row]))
-        whole = np.where(inside, total, meeting.mass[places.row] + np.exp(meeting.targets.rests[0, places.row]))
-        # neither what was shared out by counts nor what was left out is known to be right
+        unkept = np.exp(meeting.targets.rests[0, places.row])
+        # neither what was shared out by counts nor what was left out is known to be right, and inside a token all that is not kept might go on so
+        whole = np.where(inside, total, meeting.mass[places.row]) + unkept
+        total += np.where(inside, 0.0, unkept)
         reliability = (total - np.bincount(root, mass * usual, len(places.row))) / np.maximum(whole, 1e-30)
         reliability = np.clip(reliability, 0.0, 1.0)
         return Shares(places.position, places.row, inside, reliability.astype(np.float32), root, entry, to.astype(np.int32), log_share.astype(np.float32))

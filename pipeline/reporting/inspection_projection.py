@@ -1,7 +1,9 @@
 """What a projection is worth before anybody is trained with it, measured on held-out records of the cache."""
 
 import re
+import unicodedata
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,8 +13,10 @@ import numpy as np
 
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache, Example
+from pipeline.config import Machine, Teacher
 from pipeline.errors import InputError
-from pipeline.models.tokenizers import load_tokenizer
+from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
+from pipeline.running.contents import Contents
 from pipeline.running.fingerprint import fingerprint, with_names
 from pipeline.running.folder import FinishedFolder
 from pipeline.running.runner import Inputs
@@ -30,9 +34,8 @@ STRATA = {
     "newlines": re.compile(rb"[^\w]*[\r\n]"),
     "words": re.compile(rb"\s?[A-Za-z]"),
     "punctuation": re.compile(rb"\s?[!-/:-@\[-`{-~]"),
-    "other scripts": re.compile(rb""),
 }
-"""What the student's token is, by its bytes; the first that fits."""
+"""What the student's token is, by its bytes; the first that fits. Another's is its script."""
 
 
 @dataclass
@@ -47,8 +50,11 @@ class _Sums:
     reliability: list[np.ndarray] = field(default_factory=list)
 
 
-def measured(folder: Path, cache_folder: Path | None, records: int = RECORDS) -> dict[str, Any]:
-    """Of a finished fit-projection. cache_folder: where the cache lies, if not beside it. InputError if it is not there."""
+def measured(folder: Path, cache_folder: Path | None, teacher_positions: int = 0, records: int = RECORDS) -> dict[str, Any]:
+    """Of a finished fit-projection. cache_folder: where the cache lies, if not beside it. InputError if it is not there.
+
+    teacher_positions: at how many the teacher itself is asked, which must be there; 0: it is not.
+    """
     finished = FinishedFolder(folder)
     if finished.manifest["stage"] != "fit-projection":
         raise InputError(f"{folder} is a folder of {finished.manifest['stage']}, not a projection. Give the folder of a finished fit-projection.")
@@ -60,9 +66,45 @@ def measured(folder: Path, cache_folder: Path | None, records: int = RECORDS) ->
     view = StudentView(cache, finished.file, student.render, student.digest())
     if view.fitted.form == "ranks":
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: there is nothing to measure.")
+    if view.fitted.method == "identity" and teacher_positions:
+        raise InputError("This projection is the identity: its targets are what the teacher says, and there is nothing to compare. Leave out --teacher-positions.")
     split = "heldout" if cache.count("heldout") else "train"
     examples = list(islice((example for example in cache.examples(split) if not example.record.choice_of), records))
-    return _measured(view, examples, student.vocabulary, cache) | {"records": len(examples), "split": split, "method": view.fitted.method}
+    found = _measured(view, examples, student.vocabulary, cache) | {"records": len(examples), "split": split, "method": view.fitted.method}
+    return found | (_against_teacher(view, cached, cache, student, split, teacher_positions) if teacher_positions else {})
+
+
+def _against_teacher(view: StudentView, cached: FinishedFolder, cache: Cache, student: RecordTokenizer, split: str, positions: int) -> dict[str, Any]:
+    """How far the targets are from what the teacher says when it is asked, over all and by what the student's token is."""
+    from pipeline.models.loading import device_named, load_teacher
+    from pipeline.reporting.expanded import ask, compared
+
+    settings = Teacher.model_validate(with_names(cached.identity["sections"])["teacher"])
+    runs = cached.path.absolute().parents[1]
+    named = cached.identity["sections"]["teacher"]["model"]
+    if Contents(runs).of_model(settings.model, settings.revision) != named["content"]:
+        raise InputError(f"{settings.model} is not the teacher that made the cache: its files are others. Put those back, or leave out --teacher-positions.")
+    device = device_named(Machine().device)
+    source = Inputs({}, runs).model(settings.model, settings.revision)
+    model = load_teacher(source, settings.revision, settings.quantization, settings.double_quantization, settings.dtype, device)
+    strata: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
+    for asked in ask(model, device, cache, student, split, positions):
+        word = view.projected(asked.example, asked.tokens)
+        here = np.flatnonzero(word.position == asked.position)
+        if len(here):
+            name = _strata_of(asked.tokens, student.vocabulary)[asked.position]
+            strata[name].append(compared(asked, at_temperature([word], cache.temperatures, 1.0), int(here[0])))
+    whole = [row for rows in strata.values() for row in rows]
+    return {"teacher": _distance(whole) | {"strata": {name: _distance(strata[name]) for name in _in_order(strata)}}}
+
+
+def _distance(rows: list[tuple[float, float, bool]]) -> dict[str, Any]:
+    """Means and standard errors."""
+    tv, kl, same = np.array(rows, dtype=np.float64).reshape(-1, 3).T
+    error = max(len(rows), 1) ** 0.5
+    return {"positions": len(rows)} | {
+        name: round(float(value), 4) for name, value in (("tv", tv.mean()), ("tv_error", tv.std() / error), ("kl", kl.mean()), ("kl_error", kl.std() / error), ("strongest_the_same", same.mean()))
+    }
 
 
 def _cache_of(finished: FinishedFolder, given: Path | None) -> Path:
@@ -141,7 +183,7 @@ def _measured(view: StudentView, examples: list[Example], student: Vocabulary, c
         "bits_per_byte_gap": round((nats["target"] - nats["teacher"]) / np.log(2) / max(whole_bytes, 1), 4),
         "ir": _ratio(of_prior - nats["target"], of_prior - nats["teacher"]),
         **_information(view, examples, len(student)),
-        "strata": {name: _stratum(strata[name]) for name in STRATA if strata[name].positions},
+        "strata": {name: _stratum(strata[name]) for name in _in_order(strata)},
     }
 
 
@@ -162,8 +204,25 @@ def _strata_of(tokens: Tokens, student: Vocabulary) -> dict[int, str]:
     found = {}
     for position in tokens.answer_positions().tolist():
         token = student.token_bytes[tokens.ids[position + 1]]
-        found[position] = "end of the answer" if tokens.kind[position + 1] == END else next(name for name, pattern in STRATA.items() if pattern is not None and pattern.match(token))
+        found[position] = (
+            "end of the answer" if tokens.kind[position + 1] == END else next((name for name, pattern in STRATA.items() if pattern is not None and pattern.match(token)), None) or _script(token)
+        )
     return found
+
+
+def _script(token: bytes) -> str:
+    """By its first letter: what Unicode's names of letters begin with."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        return "parts of characters"
+    letter = next((letter for letter in text if unicodedata.category(letter)[0] in "LMN"), None)
+    script = unicodedata.name(letter, "").partition(" ")[0] if letter else ""
+    return (script if script == "CJK" else script.capitalize()) or "symbols"
+
+
+def _in_order(strata: Collection[str]) -> list[str]:
+    return [name for name in STRATA if name in strata] + sorted(set(strata) - set(STRATA))
 
 
 def _surely_followed(example: Example, tokens: Tokens, position: np.ndarray) -> np.ndarray:
@@ -227,4 +286,13 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     for name, row in found["strata"].items():
         lines.append(f"  {name:<18} {row['positions']:>10,} {row['coverage']:>9.1%} {row['retained_mass']:>9.1%} {row['realised_nll']:>7.3f} {row['reliability']:>12.1%}")
+    if there := found.get("teacher"):
+        lines += [
+            "",
+            f"  the teacher itself, asked at {there['positions']:,} positions: total variation {there['tv']:.3f} ± {there['tv_error']:.3f}, KL {there['kl']:.3f} ± {there['kl_error']:.3f} nats,",
+            f"  the strongest token the same at {there['strongest_the_same']:.1%}",
+            "",
+            f"  {'':<18} {'positions':>10} {'TV':>9} {'KL':>9} {'strongest':>10}",
+        ]
+        lines += [f"  {name:<18} {row['positions']:>10,} {row['tv']:>9.3f} {row['kl']:>9.3f} {row['strongest_the_same']:>10.1%}" for name, row in there["strata"].items()]
     return "\n".join(lines)

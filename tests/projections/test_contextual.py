@@ -90,8 +90,8 @@ class Reference:
             if q[:-1].any():
                 found[position] = q / q.sum()
                 usual = sum(mass * shares[id][1] for id, mass in self.certain[row][0].items())
-                rest = 0 if read else self.certain[row][1]
-                self.reliability[position] = (kept + rest - usual) / (kept if read else sum(self.certain[row][0].values()) + rest)
+                rest = self.certain[row][1]
+                self.reliability[position] = (kept + (0 if read else rest) - usual) / ((kept if read else sum(self.certain[row][0].values())) + rest)
         return found
 
     def places(self, record: Record) -> dict[int, tuple[int, bytes, bytes]]:
