@@ -123,3 +123,27 @@ def test_the_cache_may_lie_elsewhere_and_must_be_the_right_one(cached: Place):
     cached.json("inspect-projection", str(path), "--cache", str(cached.path / "elsewhere"))
     assert "is not the cache" in cached.pipeline("inspect-projection", str(path), "--cache", str(cached.finished("prepare-data").path), status=2)
     assert "not a projection" in cached.pipeline("inspect-projection", str(cached.finished("prepare-data").path), status=2)
+
+
+def test_the_teacher_itself_is_asked_if_it_is_the_one_that_made_the_cache(cached: Place):
+    cached.pipeline("fit-projection", CONFIG)
+    path = str(cached.finished("fit-projection").path)
+    found = cached.json("inspect-projection", path, "--teacher-positions", "12")["teacher"]
+    assert found["positions"] == sum(row["positions"] for row in found["strata"].values()) <= 12
+    # this teacher is nearly sure of every token
+    assert 0 < found["tv"] < 0.05
+    assert 0 <= found["kl"] < 0.05
+    assert found["strongest_the_same"] == 1
+    assert "the teacher itself, asked at" in cached.pipeline("inspect-projection", path, "--teacher-positions", "3")
+    assert "teacher" not in cached.json("inspect-projection", path)
+    models = (cached.path / "tiny").resolve()
+    (cached.path / "tiny").unlink()  # it is everybody's
+    shutil.copytree(models, cached.path / "tiny")
+    config = cached.path / "tiny" / "teacher" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert "is not the teacher that made the cache" in cached.pipeline("inspect-projection", path, "--teacher-positions", "3", status=2)
+
+
+def test_an_identity_needs_no_teacher_to_be_measured(cached: Place):
+    cached.pipeline("fit-projection", CONFIG, "--set", "student.model=tiny/teacher")
+    assert "is the identity" in cached.pipeline("inspect-projection", str(cached.finished("fit-projection").path), "--teacher-positions", "3", status=2)
