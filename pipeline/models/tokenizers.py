@@ -114,7 +114,11 @@ class RecordTokenizer:
             self.vocabulary = vocabulary_of(self._json)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from None
-        tokens = self.render(Record("probe", (Segment("user", "a"), Segment("assistant", "b"))))
+        probe = Record("probe", (Segment("user", "a"), Segment("assistant", "b")))
+        try:
+            tokens = self.render(probe)
+        except _NotKept:
+            raise InputError(f"The tokenizer of {self.name} does not keep the bytes of the template's own text (T5's has no line breaks, say). Give a data.template without what it lacks.") from None
         ends = [int(id) for id in tokens.ids[tokens.kind == END]]
         if self.tokenizer.eos_token_id is not None:
             ends.append(int(self.tokenizer.eos_token_id))
@@ -173,7 +177,7 @@ class RecordTokenizer:
         # SentencePiece tokenizers may put a space of their own before the text
         dummy = int(joined == b" " + raw)
         if joined[dummy:] != raw:
-            raise InputError(
+            raise _NotKept(
                 f"The tokenizer of {self.name} does not keep the bytes of record {record.id} (it normalises its text). Normalise the text in your data in the same way, or leave the record out."
             )
         at = np.maximum(np.concatenate([[0], np.cumsum(self.vocabulary.lengths[ids])]) - dummy, 0)  # the tokens' bounds in the run
@@ -201,6 +205,10 @@ def load_tokenizer(source: str, revision: str | None, template: str, name: str) 
             f"The tokenizer of {name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]} Check the name and `revision`, or give a local folder with tokenizer.json."
         ) from None
     return RecordTokenizer(tokenizer, template, name)
+
+
+class _NotKept(InputError):
+    """A text that the tokenizer does not keep to the byte."""
 
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")

@@ -13,6 +13,7 @@ from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
 from pipeline.signals.records import ANSWER, CONTENT, END, TEMPLATE, Record, Segment, Tokens, lead_as_number
 from tests import tiny
 from tests.models import real
+from tests.projections.made import unigram
 from tests.signals.dense import NASTY_TEXTS, asked, student, teacher
 
 CHAT = "{{ bos_token }}{% for message in messages %}<|user|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -268,6 +269,30 @@ def test_a_tokenizer_that_normalises_is_an_error():
     check(composing, asked("é?", "é"))
     with pytest.raises(InputError, match="does not keep the bytes"):
         composing.render(asked("what?", "e\u0301"))
+
+
+def test_a_tokenizer_that_lacks_what_the_template_writes_is_an_error():
+    with pytest.raises(InputError, match="does not keep the bytes of the template"):
+        RecordTokenizer(unigram(False), "plain", "like T5")
+
+
+@pytest.mark.parametrize(("fallback", "kept"), [(False, 3), (True, 15)])
+def test_a_unigram_tokenizer_keeps_what_it_has_letters_for_and_refuses_what_it_has_not(fallback: bool, kept: int):
+    like_t5 = RecordTokenizer(unigram(fallback), "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}", "like T5")
+    assert like_t5.vocabulary.special[like_t5.tokenizer.unk_token_id]
+    refused = []
+    for name, text in NASTY_TEXTS.items() | {("words", "a cyst of the heart")}:
+        record = asked("of the heart", text)
+        try:
+            tokens = like_t5.render(record)
+        except InputError:
+            refused.append(name)
+        else:
+            check_spans(record, tokens)
+            check_bytes(like_t5, record, tokens)
+    assert "words" not in refused
+    assert "special tokens as text" in refused  # pieces of the vocabulary, to a unigram model
+    assert len(NASTY_TEXTS) - len(refused) >= kept, refused
 
 
 def test_a_space_that_the_tokenizer_puts_before_texts_belongs_to_no_content():

@@ -72,6 +72,24 @@ def spaced(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<eos>", unk_token="<unk>")
 
 
+def unigram(fallback: bool) -> PreTrainedTokenizerFast:
+    """As T5's: the most likely way to cut a word, a space before each text. fallback: bytes for what it has no letters for."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    specials = ["<pad>", "</s>", "<unk>"]
+    texts = [row[part].encode("ascii", "ignore").decode() for row in questions(48) for part in ("question", "answer")]
+    tokenizer.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=400, initial_alphabet=[chr(letter) for letter in range(33, 127)], special_tokens=specials, unk_token="<unk>", show_progress=False)
+    )
+    data = json.loads(tokenizer.to_str())
+    if fallback:
+        data["model"]["vocab"] += [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
+        data["model"]["byte_fallback"] = True
+        data["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, data["decoder"]]}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+
+
 def no_counts(size: int) -> Counts:
     nothing = np.zeros(0, dtype=np.int32)
     return Counts.of_pairs(nothing, nothing, nothing, size)

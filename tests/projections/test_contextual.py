@@ -35,6 +35,7 @@ from tests.projections.made import (
     said_of_few,
     sides,
     spaced,
+    unigram,
 )
 from tests.signals.dense import NASTY_TEXTS, asked, student, targets_of, teacher, tokens_of
 from tests.signals.test_first_tokens import llama_like
@@ -222,10 +223,12 @@ def test_a_target_is_that_of_a_slow_reference(record, pair, keep, temperature, e
     agree(*sides(pair), record, word, counts_of(pair), [temperature], **options)
 
 
-@pytest.mark.parametrize("kind", ["prepended", "metaspace"])
+@pytest.mark.parametrize("kind", ["prepended", "metaspace", "unigram"])
 def test_it_is_the_same_for_a_student_whose_tokenizer_puts_a_space_before_a_text(kind):
-    one, other = student(), RecordTokenizer(spaced(kind), "plain", kind)
-    for seed, record in enumerate([*RECORDS[:4], *NASTY[1::3]]):
+    one, other = student(), RecordTokenizer(unigram(True) if kind == "unigram" else spaced(kind), "plain", kind)
+    # to a unigram model, special tokens in a text are what they look like: such a text is refused
+    kept = [record for record in [*RECORDS[:4], *NASTY[1::3]] if kind != "unigram" or b"<0x0A>" not in record.content]
+    for seed, record in enumerate(kept):
         agree(one, other, record, said(one, record, 12, seed), no_counts(len(one.vocabulary)), [2.0])
 
 
