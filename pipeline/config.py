@@ -355,6 +355,8 @@ class Experiment(Section):
             raise ConfigError(
                 f"projection.method uld keeps values and no tokens, and the loss {wrong[0]} of training.objective compares tokens. Use the loss `uld` alone, or another projection.method."
             )
+        if not logits.boundary and any(part.loss == "alm" and part.options().get("boundary") for part in self.training.objective if part.weight > 0):
+            raise ConfigError("training.objective has alm with `boundary: true`, which needs `targets.logits.boundary: true`. Add that, or leave `boundary` out.")
         if "hidden" in tails and logits.hidden is None:
             raise ConfigError("training.objective has `tail: hidden`, which needs `targets.logits.hidden: int8`. Add that, or take `tail: calibrated`.")
         if logits.method == "sampled" and "calibrated" in tails:

@@ -32,6 +32,7 @@ from pipeline.running.runner import Inputs
 from pipeline.running.stopping import asked, one_by_one
 from pipeline.signals.chunks import chunked
 from pipeline.signals.tail import placed_logits, placed_means
+from pipeline.signals.vocabulary import begins_anew
 from pipeline.training.batches import Batch, made_ahead, make_batch
 from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
@@ -47,7 +48,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     objective = parts([(part.loss, part.weight, part.options(), part.tail) for part in training.objective])
     tails = {part.tail for part in objective}
     cached = inputs["cache-teacher"]
-    cache = Cache(cached.file, ("hidden",) if "hidden" in tails else ())
+    with_boundary = any(part.options.get("boundary") for part in objective if "chunks" in part.asks_for)
+    cache = Cache(cached.file, tuple(name for name, wanted in (("hidden", "hidden" in tails), ("boundary", with_boundary)) if wanted))
     source = inputs.model(student.model, student.revision)
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
     view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
@@ -73,6 +75,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
     calibration = _calibration(cache, view.fitted.student_id, module.vocabulary_size, accelerator.device) if "calibrated" in tails else None
     teacher_head = KeptHead(cached.file("head.safetensors"), accelerator.device) if "hidden" in tails else None
+    begins = torch.from_numpy(begins_anew(tokenizer.vocabulary))[: module.vocabulary_size]
     student_id = torch.from_numpy(view.fitted.student_id.astype("int64")).to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
@@ -85,7 +88,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             words = [view.projected(example, tokens) if with_targets else None for tokens, example in micro]
             chunks = [chunked(example.tokens, example.targets, tokens) for tokens, example in micro] if with_chunks else None
             weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
-            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks))
+            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks, begins))
         return batches
 
     def of_this_process(places: list[Place]) -> list[Example]:

@@ -147,3 +147,13 @@ def test_the_teacher_itself_is_asked_if_it_is_the_one_that_made_the_cache(cached
 def test_an_identity_needs_no_teacher_to_be_measured(cached: Place):
     cached.pipeline("fit-projection", CONFIG, "--set", "student.model=tiny/teacher")
     assert "is the identity" in cached.pipeline("inspect-projection", str(cached.finished("fit-projection").path), "--teacher-positions", "3", status=2)
+
+
+def test_likelihoods_with_a_boundary_need_a_cache_with_the_masses_of_boundaries(cached: Place):
+    objective = ("--set", "training.objective=[{loss: alm, boundary: true}, {loss: cross_entropy}]", "--set", "evaluation.control=false")
+    assert "targets.logits.boundary: true" in cached.pipeline("train-student", CONFIG, *objective, status=2)
+    without = str(cached.finished("cache-teacher").path)
+    assert "made without boundary" in cached.pipeline("train-student", CONFIG, *objective, "--use", f"cache-teacher={without}", status=2)
+    cached.pipeline("run", CONFIG, *objective, "--set", "targets.logits.boundary=true")
+    results = json.loads((cached.path / "runs" / "tiny" / "results.json").read_text())
+    assert results["models"]["distilled"]["bits_per_byte"] > 0

@@ -103,6 +103,8 @@ CLASSES = (
     "no UTF-8",
 )
 """Of tokens by their first byte."""
+BOUNDARY = ("end", "other special", "space", "newline", "tab")
+"""Those of which no token goes on with a word."""
 
 
 def first_byte_classes(vocabulary: Vocabulary) -> np.ndarray:
@@ -122,6 +124,11 @@ def first_byte_classes(vocabulary: Vocabulary) -> np.ndarray:
     classes = np.array([of_byte[token[0]] if token else CLASSES.index("other special") for token in vocabulary.token_bytes], dtype=np.int64)
     classes[list(vocabulary.end_ids)] = CLASSES.index("end")
     return classes
+
+
+def begins_anew(vocabulary: Vocabulary) -> np.ndarray:
+    """bool [V]: the tokens of the classes BOUNDARY."""
+    return np.isin(first_byte_classes(vocabulary), [CLASSES.index(name) for name in BOUNDARY])
 
 
 def _style(tokenizer: dict[str, Any]) -> str:

@@ -38,8 +38,16 @@ class Batch:
         return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None, hidden=hidden, chunks=self.chunks.to(device) if self.chunks else None)
 
 
-def make_batch(records: list[Tokens], projected: list[Projected | None], weights: list[float], stored: list[float], temperature: float, chunks: list[Chunked] | None = None) -> Batch:
-    """One batch; `projected` is None for records without a teacher's word, `chunks` where none are asked for. stored: the cache's temperatures."""
+def make_batch(
+    records: list[Tokens],
+    projected: list[Projected | None],
+    weights: list[float],
+    stored: list[float],
+    temperature: float,
+    chunks: list[Chunked] | None = None,
+    begins_anew: Tensor | None = None,
+) -> Batch:
+    """One batch; `projected` is None for records without a teacher's word, `chunks` where none are asked for. stored: the cache's temperatures; begins_anew: see Chunks."""
     width = -(-max(len(tokens) for tokens in records) // 8) * 8
     ids = np.zeros((len(records), width), dtype=np.int64)
     rows, realised, known, record_of = [], [], [], []
@@ -68,7 +76,7 @@ def make_batch(records: list[Tokens], projected: list[Projected | None], weights
         known_weights=torch.from_numpy(weight[known_rows] * reliability),
         teacher=at_temperature(words, stored, temperature) if words else None,
         hidden=(_joined(words, 0), _joined(words, 1)) if words and words[0].hidden is not None else None,
-        chunks=None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records]),
+        chunks=None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records], begins_anew),
         tokens=sum(len(tokens) for tokens in records),
     )
 

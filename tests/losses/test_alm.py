@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import InputError
 from pipeline.losses.alm import alm
 from pipeline.losses.cross_entropy import cross_entropy
 from pipeline.signals.chunks import Chunks, chunked, joined
 from pipeline.signals.records import ANSWER, END, Record, Segment, Tokens
 from pipeline.signals.targets import Targets
+from pipeline.signals.vocabulary import CLASSES, begins_anew, first_byte_classes
 from tests.signals.dense import NASTY_TEXTS, asked, student, targets_of, teacher, tokens_of
 
 TEMPERATURES = [1.0]
@@ -110,7 +113,7 @@ def reference(ours: float, theirs: float, temperature: float) -> float:
 def one_chunk(logprob: float, theirs: float, temperature: float = 100.0) -> torch.Tensor:
     """The loss of a student whose one token has this log-probability."""
     logits = torch.tensor([[logprob, math.log1p(-math.exp(logprob))]], requires_grad=True)
-    chunks = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([theirs]))
+    chunks = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([theirs]), torch.tensor([False]))
     return alm(logits, torch.tensor([0]), chunks, temperature=temperature)[0]
 
 
@@ -134,7 +137,7 @@ def test_it_is_nothing_where_both_agree_and_its_gradient_turns_there():
         assert one_chunk(theirs, theirs).item() == pytest.approx(0, abs=1e-3)
         for ours, sign in ((theirs - 0.3, -1), (theirs + 0.3, 1)):
             logits = torch.tensor([[ours, math.log1p(-math.exp(ours))]], requires_grad=True)
-            chunks = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([theirs]))
+            chunks = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([theirs]), torch.tensor([False]))
             alm(logits, torch.tensor([0]), chunks).sum().backward()
             assert math.copysign(1, logits.grad[0, 0].item()) == sign
 
@@ -143,7 +146,7 @@ def test_it_is_nothing_where_both_agree_and_its_gradient_turns_there():
 @pytest.mark.parametrize("ours", [0.0, -1e-7, -30.0, -1e4])
 def test_certain_and_impossible_chunks_are_no_nan(ours: float, theirs: float):
     logits = torch.tensor([[ours, -20.0 if ours > -1 else 0.0]], requires_grad=True)
-    chunks = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([theirs]))
+    chunks = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([theirs]), torch.tensor([False]))
     loss = alm(logits, torch.tensor([0]), chunks)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
@@ -153,10 +156,92 @@ def test_certain_and_impossible_chunks_are_no_nan(ours: float, theirs: float):
 def test_a_chunks_loss_stands_at_its_last_row_and_reaches_all_its_tokens():
     logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
     realised = torch.tensor([1, 2, 3, 4])
-    chunks = Chunks(torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), torch.tensor([1, 2]), torch.tensor([-1.0, -2.0]))
+    chunks = Chunks(torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), torch.tensor([1, 2]), torch.tensor([-1.0, -2.0]), torch.tensor([True, False]))
     loss = alm(logits, realised, chunks)
     assert (loss != 0).tolist() == [False, True, True, False]
     logprob = -cross_entropy(logits, realised).detach().double()
     assert loss[1].item() == pytest.approx(reference(float(logprob[:2].sum()), -1.0, 100.0), rel=1e-2)
     loss.sum().backward()
     assert (logits.grad.abs().sum(-1) > 0).tolist() == [True, True, True, False]
+
+
+# --- with what is expected behind a stretch ---
+
+
+def with_boundary(tokens: Tokens, seed: int) -> tuple[Targets, np.ndarray]:
+    """Targets with the masses of the first-byte classes, and the teacher's log-probabilities [P, V]."""
+    random, vocabulary = np.random.default_rng(seed), teacher().vocabulary
+    logits = random.normal(0, 2, (len(tokens) - 1, len(vocabulary)))
+    logits[:, begins_anew(vocabulary)] += random.choice([-8.0, -8.0, 4.0], (len(logits), 1))  # now sure of it, now sure of the contrary
+    logprobs = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+    classes = first_byte_classes(vocabulary)
+    with np.errstate(divide="ignore"):
+        boundary = np.stack([np.log(np.exp(logprobs[:, classes == c]).sum(1)) for c in range(len(CLASSES))], 1).astype(np.float32)
+    return replace(targets_of(logits, tokens, np.arange(len(tokens) - 1, dtype=np.int32), 8, TEMPERATURES), boundary=boundary), logprobs
+
+
+def joined_by_loops(a: Tokens, logprobs: np.ndarray, b: Tokens, student_logprob: np.ndarray, least: float = 0.1) -> list[tuple[int, float, float]]:
+    """(position before the last student token, the teacher's and the student's log-likelihood with the boundary), one answer with an end."""
+    realised = logprobs[np.arange(len(logprobs)), a.ids[1:]]
+    ours, theirs = begins_anew(teacher().vocabulary), begins_anew(student().vocabulary)
+    at, found, so_far = 0, [], [0.0, 0.0]
+    chunks = by_two_pointers(a, realised, b)
+    ends_a = {int(a.end[i]): i for i in range(len(a)) if a.kind[i] == ANSWER}
+    while at < len(chunks):
+        begin, end, likelihood = chunks[at]
+        so_far[0] += likelihood
+        so_far[1] += sum(student_logprob[p, b.ids[p + 1]] for p in range(begin, end + 1))
+        last = b.kind[end + 1] == END
+        expected = 0.0 if last else np.log(np.exp(logprobs[ends_a[int(b.end[end + 1])], ours]).sum())
+        if last or expected >= np.log(least):
+            behind = 0.0 if last else np.log(np.exp(student_logprob[end + 1, theirs]).sum())
+            found.append((end, so_far[0] + expected, so_far[1] + behind))
+            so_far = [0.0, 0.0]
+        at += 1
+    return found
+
+
+@pytest.mark.parametrize("record", RECORDS[:12], ids=lambda record: record.segments[-1].text[:20])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_a_boundary_stretches_are_joined_until_one_is_expected_and_both_say_how_likely_it_is(record: Record, seed: int):
+    a, b = teacher().render(record), student().render(record)
+    targets, logprobs = with_boundary(a, seed)
+    logits = torch.randn(len(b) - 1, len(student().vocabulary), generator=torch.Generator().manual_seed(seed)) * 2
+    positions = b.answer_positions()
+    chunks = joined([chunked(a, targets, b)], [positions], torch.from_numpy(begins_anew(student().vocabulary)))
+    found = alm(logits[positions], torch.from_numpy(b.ids[positions + 1].astype(np.int64)), chunks, boundary=True)
+    wanted = torch.zeros(len(positions), dtype=torch.float64)
+    row_of = {int(position): row for row, position in enumerate(positions)}
+    stretches = joined_by_loops(a, logprobs, b, logits.double().log_softmax(-1).numpy())
+    for end, theirs, ours in stretches:
+        wanted[row_of[end]] = reference(ours, theirs, 100.0)
+    np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=2e-3, atol=2e-3)
+    if len(chunks.logprob) > 8:
+        assert 1 < len(stretches) < len(chunks.logprob)
+
+
+def test_a_teacher_that_is_its_own_student_is_as_likely_with_its_boundaries_and_control_another_predicate_is_not():
+    tokens, vocabulary = teacher().render(RECORDS[0]), teacher().vocabulary
+    targets, logprobs = with_boundary(tokens, 3)
+    positions = tokens.answer_positions()
+    logits, realised = torch.from_numpy(logprobs[positions]), torch.from_numpy(tokens.ids[positions + 1].astype(np.int64))
+    begins = torch.from_numpy(begins_anew(vocabulary))
+    chunks = joined([chunked(tokens, targets, tokens)], [positions], begins)
+    assert alm(logits, realised, chunks, boundary=True).abs().max() < 1e-3
+    assert alm(logits, realised, replace(chunks, begins_anew=~begins), boundary=True).abs().max() > 0.1
+
+
+def test_two_records_in_a_batch_are_not_joined_and_a_cache_without_boundaries_is_an_error():
+    records = [(teacher().render(record), student().render(record)) for record in RECORDS[:2]]
+    begins = torch.from_numpy(begins_anew(student().vocabulary))
+    parts = [chunked(a, with_boundary(a, seed)[0], b) for seed, (a, b) in enumerate(records)]
+    positions = [b.answer_positions() for _, b in records]
+    logits = torch.randn(sum(map(len, positions)), len(begins), generator=torch.Generator().manual_seed(0))
+    realised = torch.from_numpy(np.concatenate([b.ids[where + 1] for (_, b), where in zip(records, positions, strict=True)]).astype(np.int64))
+    both = alm(logits, realised, joined(parts, positions, begins), boundary=True)
+    first = len(positions[0])
+    alone = [alm(logits[part], realised[part], joined([parts[n]], [positions[n]], begins), boundary=True) for n, part in enumerate((slice(0, first), slice(first, None)))]
+    torch.testing.assert_close(both, torch.cat(alone))
+    without = joined([chunked(a, said(a)[0], b) for a, b in records], positions, begins)
+    with pytest.raises(InputError, match="boundary: true"):
+        alm(logits, realised, without, boundary=True)
