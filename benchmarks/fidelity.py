@@ -19,9 +19,9 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.config import Machine, Teacher
 from pipeline.lookup import find, parameters
+from pipeline.models.expanded import ask, compared
 from pipeline.models.loading import device_named, load_teacher
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.reporting.expanded import ask, compared
 from pipeline.running.fingerprint import with_names
 from pipeline.running.folder import FinishedFolder
 from pipeline.signals.counts import counted

@@ -76,8 +76,8 @@ def measured(folder: Path, cache_folder: Path | None, teacher_positions: int = 0
 
 def _against_teacher(view: StudentView, cached: FinishedFolder, cache: Cache, student: RecordTokenizer, split: str, positions: int) -> dict[str, Any]:
     """How far the targets are from what the teacher says when it is asked, over all and by what the student's token is."""
+    from pipeline.models.expanded import ask, compared
     from pipeline.models.loading import device_named, load_teacher
-    from pipeline.reporting.expanded import ask, compared
 
     settings = Teacher.model_validate(with_names(cached.identity["sections"])["teacher"])
     runs = cached.path.absolute().parents[1]

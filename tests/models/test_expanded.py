@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.cache.reader import Cache
+from pipeline.models import expanded
+from pipeline.models.expanded import ask, compared
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.reporting import expanded
-from pipeline.reporting.expanded import ask, compared
 from pipeline.signals.first_tokens import NONE, FirstTokens
 from pipeline.signals.projection import SparseTarget
 from pipeline.signals.records import ANSWER
