@@ -51,11 +51,17 @@ def main() -> None:
         return meet(example.record.content, example.tokens, targets, student.render(example.record))
 
     def trained(layer: Layer, **how: Any) -> None:
-        print(fit(layer, Places.joined(Places.of(meeting_of(example)) for example in cache.examples("train")), **how))
+        print(fit(layer, Places.joined(places[:tenth]), Places.joined(places[tenth:]), **how))
 
-    counts = counted(((example.tokens, student.render(example.record)) for example in cache.examples("train")), len(teacher))
-    given = {"teacher": teacher, "student": student.vocabulary, "encode": student.encode, "counts": counts, "trained": trained}
-    methods = {name: find("projections", name)(*(given[each] for each in parameters("projections", name)[0])) for name in options.methods.split(",")}
+    examples = list(cache.examples("train"))
+    places, pairs = [Places.of(meeting_of(example)) for example in examples], [(example.tokens, student.render(example.record)) for example in examples]
+    tenth = len(examples) * 9 // 10  # what is trained is counted and trained without the last tenth
+    given = {"teacher": teacher, "student": student.vocabulary, "encode": student.encode, "trained": trained}
+    methods = {}
+    for name in options.methods.split(","):
+        asks_for = parameters("projections", name)[0]
+        given["counts"] = counted(pairs[:tenth] if "trained" in asks_for else pairs, len(teacher))
+        methods[name] = find("projections", name)(*(given[each] for each in asks_for))
 
     found: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
     records = set()

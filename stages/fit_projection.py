@@ -11,7 +11,7 @@ from pipeline.cache.projected import Fitted, read_counts, shares_file, values_fi
 from pipeline.cache.reader import Cache, Example
 from pipeline.config import Projection, TokenizerSource
 from pipeline.errors import InputError
-from pipeline.files import appears_whole
+from pipeline.files import appears_whole, sha256_of
 from pipeline.lookup import find, parameters
 from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
 from pipeline.reporting.progress import Progress
@@ -29,7 +29,9 @@ MAP, MAP_FILE = "map", "projection.parquet"
 COUNTED_POSITIONS = 2_000_000
 """Of the training answers, for methods that count: shard after shard in an order of their own, until there are so many."""
 TRAINED_POSITIONS = 200_000
-"""The same for methods that are trained, at positions where both begin a token."""
+"""The same for methods that are trained."""
+HELD_OUT = 10
+"""One in so many of these records is neither counted nor trained on but tells when to stop."""
 
 
 def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -48,14 +50,17 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     given: dict[str, Any] = {"teacher": teacher, "student": student.vocabulary, "encode": student.encode}
     if "counts" in asks_for:
         for _ in out.pieces([COUNTS], keys={COUNTS: out.path.name}):
-            said = write_counts(out.path / COUNTS_FILE, counted(((example.tokens, student.render(example.record)) for example in _some(cache, COUNTED_POSITIONS)), len(teacher)))
+            said = write_counts(
+                out.path / COUNTS_FILE,
+                counted(((example.tokens, student.render(example.record)) for example in _some(cache, COUNTED_POSITIONS, held_out=False if "trained" in asks_for else None)), len(teacher)),
+            )
             out.commit(COUNTS, {COUNTS_FILE: said}, key=out.path.name)
         given["counts"] = read_counts(out.path / COUNTS_FILE, len(teacher))
 
     def trained(layer: Layer, **how: Any) -> None:
         """Train, or take what was trained before."""
         for _ in out.pieces([WEIGHTS], keys={WEIGHTS: out.path.name}):
-            found = fit(layer, _places(cache, student), **how)
+            found = fit(layer, _places(cache, student, held_out=False), _places(cache, student, held_out=True), **how)
             with appears_whole(out.path / WEIGHTS_FILE, absent=True) as temporary:
                 save_file(layer.state_dict(), temporary)
             out.commit(WEIGHTS, {WEIGHTS_FILE: {}}, key=out.path.name, **found)
@@ -64,9 +69,11 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     given["trained"] = trained
     options = {} if same else {key: value for key, value in projection.options().items() if key != "method"}
     fitted = find("projections", method)(*(given[name] for name in asks_for), **options)
-    for _ in out.pieces([MAP], keys={MAP: out.path.name}):
+    # weights that were damaged and trained again may be others
+    key = sha256_of(out.path / WEIGHTS_FILE) if WEIGHTS in out.names() else out.path.name
+    for _ in out.pieces([MAP], keys={MAP: key}):
         said = write_map(out.path / MAP_FILE, Fitted(method, cache.about["vocabulary"], student.digest(), fitted.form, fitted.student_id))
-        out.commit(MAP, {MAP_FILE: said}, key=out.path.name)
+        out.commit(MAP, {MAP_FILE: said}, key=key)
 
     summary = {"method": method, "teacher_tokens": len(teacher), "student_tokens": len(student.vocabulary), "teacher_tokens_placed": int(np.count_nonzero(fitted.student_id != REST))}
     if WEIGHTS in out.names():
@@ -76,7 +83,7 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     names = [f"{shard:05d}" for shard in range(len(cache.about["shards"]))]
     out.plan("shards", len(names))
     progress = Progress("fit-projection", total=len(names), done=len(set(names) & set(out.names())), unit="shards")
-    for name in out.pieces(names, keys=dict.fromkeys(names, out.path.name)):
+    for name in out.pieces(names, keys=dict.fromkeys(names, key)):
         meetings, wanted = [], 0
         examples = list(cache.of_shard(int(name)))
         for example in examples:
@@ -94,19 +101,26 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
             said = write_shares(out.path / file, records, found, [meeting.first for meeting in meetings], cut)
             told = [shares.placed() for shares in found]
             placed, inside = sum(int(there.sum()) for there in told), sum(int((there & shares.inside).sum()) for there, shares in zip(told, found, strict=True))
-        out.commit(name, {file: said}, key=out.path.name, student_positions=wanted, placed_positions=placed, inside=inside)
+        out.commit(name, {file: said}, key=key, student_positions=wanted, placed_positions=placed, inside=inside)
         progress.advance(1, wanted)
     shards = [out.info(name) for name in names]
     total = {key: sum(shard[key] for shard in shards) for key in ("student_positions", "placed_positions", "inside")}
+    if not total["placed_positions"]:
+        raise InputError(
+            f"At none of the student's {total['student_positions']} answer positions does projection.method {method} place any of the teacher's mass, so there would be nothing to learn from it. "
+            "Look at its options, and whether the answers' texts begin a token on both sides (data.template)."
+        )
     return summary | total | {"coverage": round(total["placed_positions"] / max(total["student_positions"], 1), 4)}
 
 
-def _some(cache: Cache, positions: int) -> Iterator[Example]:
-    """Training records."""
-    count = 0
+def _some(cache: Cache, positions: int, held_out: bool | None = None) -> Iterator[Example]:
+    """Training records; held_out: those that are, or all others; None: all."""
+    count = number = 0
     for shard in sorted(cache.shards("train"), key=lambda shard: hashlib.sha256(str(shard).encode()).digest()):
         for example in cache.of_shard(shard):
-            yield example
+            number += 1
+            if held_out is None or held_out == (number % HELD_OUT == 0):
+                yield example
             count += len(example.targets.position)
         if count >= positions:
             return
@@ -117,5 +131,5 @@ def _meeting(cache: Cache, student: RecordTokenizer, example: Example) -> Meetin
     return meet(example.record.content, example.tokens, targets, student.render(example.record))
 
 
-def _places(cache: Cache, student: RecordTokenizer) -> Places:
-    return Places.joined(Places.of(_meeting(cache, student, example)) for example in _some(cache, TRAINED_POSITIONS))
+def _places(cache: Cache, student: RecordTokenizer, held_out: bool) -> Places:
+    return Places.joined(Places.of(_meeting(cache, student, example)) for example in _some(cache, TRAINED_POSITIONS, held_out))

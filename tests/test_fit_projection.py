@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import stages.fit_projection
+from pipeline.cache.reader import Cache
 from tests.conftest import CONFIG, Place
 from tests.test_reliability import copied, same_files
 
@@ -95,7 +96,8 @@ def test_what_was_trained_is_trained_once(cached: Place, tmp_path: Path, method:
 
 
 def test_a_student_is_trained_with_values(cached: Place):
-    cached.pipeline("run", CONFIG, "--set", "projection.method=low_rank", "--set", "evaluation.control=false")
+    objective = "training.objective=[{loss: forward_kl}, {loss: cross_entropy}]"
+    cached.pipeline("run", CONFIG, "--set", "projection.method=low_rank", "--set", objective, "--set", "evaluation.control=false")
     results = json.loads((cached.path / "runs" / "tiny" / "results.json").read_text())
     assert results["models"]["distilled"]["kl_to_teacher"] > 0
     assert "Everything" in cached.pipeline("verify", str(cached.finished("fit-projection").path), "--deep")
@@ -157,3 +159,45 @@ def test_likelihoods_with_a_boundary_need_a_cache_with_the_masses_of_boundaries(
     cached.pipeline("run", CONFIG, *objective, "--set", "targets.logits.boundary=true")
     results = json.loads((cached.path / "runs" / "tiny" / "results.json").read_text())
     assert results["models"]["distilled"]["bits_per_byte"] > 0
+
+
+def test_an_identity_is_measured_as_what_it_is(cached: Place):
+    cached.pipeline("fit-projection", CONFIG, "--set", "student.model=tiny/teacher")
+    path = str(cached.finished("fit-projection").path)
+    found = cached.json("inspect-projection", path)
+    assert found["agreement_ceiling"] == found["coverage"] == found["nmi"] == 1
+    assert found["agreement"] == (1 if found["agreement_positions"] else None)
+    assert found["bits_per_byte_gap"] == pytest.approx(0, abs=2e-3)
+    assert found["ir"] is None or found["ir"] == pytest.approx(1, abs=5e-3)
+    cache = Cache(cached.finished("cache-teacher").file)
+    nats = [-row for example in cache.examples("heldout") if not example.record.choice_of for row in example.targets.realised_logprob.tolist()]
+    strata = found["strata"].values()
+    assert sum(row["realised_nll"] * row["positions"] for row in strata) / found["positions"] == pytest.approx(sum(nats) / len(nats), rel=1e-2, abs=2e-3)
+
+
+def test_a_projection_that_places_nothing_is_an_error(cached: Place):
+    told = cached.pipeline("fit-projection", CONFIG, "--set", "projection={method: learned, least_share: 2.0}", status=2)
+    assert "does projection.method learned place any" in told
+
+
+@pytest.mark.parametrize("tail", ["hidden", "calibrated"])
+def test_a_distribution_of_its_own_has_no_tail_of_the_teachers(cached: Place, tail: str):
+    chosen = ("--set", "projection.method=low_rank", "--set", f"training.objective=[{{loss: forward_kl, tail: {tail}}}]", "--set", "targets.logits.hidden=int8")
+    cached.pipeline("cache-teacher", CONFIG, *chosen)
+    assert "cannot shape it" in cached.pipeline("train-student", CONFIG, *chosen, status=2)
+
+
+def test_weights_that_were_damaged_and_are_others_when_trained_again_make_anew_what_was_made_with_them(cached: Place, monkeypatch: pytest.MonkeyPatch):
+    chosen = ("--set", "projection.method=low_rank")
+    cached.pipeline("fit-projection", CONFIG, *chosen)
+    path = cached.finished("fit-projection").path
+    before = {file.name: file.read_bytes() for file in path.glob("values-*")}
+    weights = path / "projection-weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    cached.invoke("verify", str(path), "--repair")
+    real = stages.fit_projection.fit
+    monkeypatch.setattr(stages.fit_projection, "fit", lambda *arguments, **how: real(*arguments, **how | {"seed": 1}))
+    cached.pipeline("fit-projection", CONFIG, *chosen)
+    after = {file.name: file.read_bytes() for file in path.glob("values-*")}
+    assert before.keys() == after.keys()
+    assert all(before[name] != after[name] for name in before)

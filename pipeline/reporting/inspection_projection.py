@@ -95,6 +95,8 @@ def _against_teacher(view: StudentView, cached: FinishedFolder, cache: Cache, st
             name = _strata_of(asked.tokens, student.vocabulary)[asked.position]
             strata[name].append(compared(asked, at_temperature([word], cache.temperatures, 1.0), int(here[0])))
     whole = [row for rows in strata.values() for row in rows]
+    if not whole:
+        raise InputError(f"None of the {positions} positions has a target in this projection: there is nothing to compare.")
     return {"teacher": _distance(whole) | {"strata": {name: _distance(strata[name]) for name in _in_order(strata)}}}
 
 
@@ -177,11 +179,12 @@ def _measured(view: StudentView, examples: list[Example], student: Vocabulary, c
         "retained_mass": _ratio(float(placed.sum()), len(placed)),
         "retained_mass_p10": round(float(np.quantile(placed, 0.1)), 4) if len(placed) else 0.0,
         "retained_mass_p1": round(float(np.quantile(placed, 0.01)), 4) if len(placed) else 0.0,
-        "agreement": _ratio(agreeing, sure),
+        "agreement": _ratio(agreeing, sure) if sure else None,
         "agreement_positions": sure,
-        "agreement_ceiling": _ratio(possible, starts),
-        "bits_per_byte_gap": round((nats["target"] - nats["teacher"]) / np.log(2) / max(whole_bytes, 1), 4),
-        "ir": _ratio(of_prior - nats["target"], of_prior - nats["teacher"]),
+        "agreement_ceiling": _ratio(possible, starts) if starts else None,
+        "bits_per_byte_gap": round((nats["target"] - nats["teacher"]) / np.log(2) / whole_bytes, 4) if whole_bytes else None,
+        # of a teacher that knows less than how often each token occurs nothing can be retained
+        "ir": _ratio(of_prior - nats["target"], of_prior - nats["teacher"]) if of_prior > nats["teacher"] else None,
         **_information(view, examples, len(student)),
         "strata": {name: _stratum(strata[name]) for name in _in_order(strata)},
     }
@@ -270,16 +273,20 @@ def _ratio(part: float, whole: float) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
+def _said(value: float | None, form: str) -> str:
+    return "not defined" if value is None else format(value, form)
+
+
 def as_text(found: dict[str, Any]) -> str:
     """For people."""
     lines = [
         f"{found['method']}: {found['records']:,} {'held-out' if found['split'] == 'heldout' else 'training'} records, {found['positions']:,} of the student's positions",
         f"  coverage              {found['coverage']:.1%} of the positions, {found['coverage_bytes']:.1%} of the bytes",
         f"  retained mass         {found['retained_mass']:.1%} on the average, {found['retained_mass_p10']:.1%} in the lowest tenth, {found['retained_mass_p1']:.1%} in the lowest hundredth",
-        f"  agreement             {found['agreement']:.1%} of {found['agreement_positions']:,} positions where the teacher's first choice follows",
-        f"                        (one map of tokens could have {found['agreement_ceiling']:.1%} of all right)",
-        f"  bits per byte         {found['bits_per_byte_gap']:+.4f} more than the teacher needs (less: it knows what it cannot)",
-        f"  information retained  {found['ir']:.1%} of what the teacher knows beyond how often each token occurs",
+        f"  agreement             {_said(found['agreement'], '.1%')} of {found['agreement_positions']:,} positions where the teacher's first choice follows",
+        f"                        (one map of tokens could have {_said(found['agreement_ceiling'], '.1%')} of all right)",
+        f"  bits per byte         {_said(found['bits_per_byte_gap'], '+.4f')} more than the teacher needs (less: it knows what it cannot)",
+        f"  information retained  {_said(found['ir'], '.1%')} of what the teacher knows beyond how often each token occurs",
         f"  NMI                   {found['nmi']:.4f}; of a random map {found['nmi_random_map']:.4f}, so it says nothing of whether the right tokens get the mass",
         "",
         f"  {'':<18} {'positions':>10} {'coverage':>9} {'retained':>9} {'nats':>7} {'reliability':>12}",

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from pipeline.errors import InputError, NumericsError
 from pipeline.signals.projection import Meeting
 
-HELD_OUT = 10
-"""One in so many places is not trained on but tells when to stop."""
 BATCH = 64
 """Places a step."""
 
@@ -75,29 +73,29 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
-def fit(layer: Layer, places: Places, *, epochs: int, learning_rate: float, seed: int) -> dict[str, float]:
-    """Train with Adam until the last places, which are held out, are given no more by another epoch; at most so many epochs.
+def fit(layer: Layer, places: Places, held_out: Places, *, epochs: int, learning_rate: float, seed: int) -> dict[str, float]:
+    """Train with Adam until the held-out places are given no more by another epoch; at most so many epochs.
 
-    Gives the nats per held-out place before and after. Raises NumericsError if that is no number, and InputError if there is
-    nothing to train on. A parameter that has no part in the likelihood would stay as it began: a RuntimeError.
+    held_out: of records that neither the layer's start nor its training has seen. Gives the nats per held-out place before
+    and after. Raises NumericsError if that is no number, and InputError if there is nothing to train on. A parameter that has
+    no part in the likelihood would stay as it began: a RuntimeError.
     """
     count = len(places.kept)
-    held = np.arange(count - count // HELD_OUT, count)
-    if not len(held):
-        raise InputError(f"There are {count} places in the cache's training answers where both tokenizers begin a token: too few to train a projection on. Choose `contextual`.")
-    best = before = _mean(layer, places, held)
+    if not count or not len(held_out.kept):
+        raise InputError(f"There are {count + len(held_out.kept)} places in the cache's training answers where both tokenizers begin a token: too few to train a projection on. Choose `contextual`.")
+    best = before = _mean(layer, held_out)
     kept = {name: value.clone() for name, value in layer.state_dict().items()}
     tables = [module.weight for module in layer.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse]
     others = [parameter for parameter in layer.parameters() if all(parameter is not table for table in tables)]
     optimizers = [torch.optim.Adam(others, lr=learning_rate), *([torch.optim.SparseAdam(tables, lr=learning_rate)] if tables else [])]
     random = np.random.default_rng(seed)
     for epoch in range(epochs):
-        for batch in places.batches(random.permutation(held[0])):
+        for batch in places.batches(random.permutation(count)):
             layer.zero_grad(set_to_none=True)
             layer.nll(batch).mean().backward()
             for optimizer in optimizers:
                 optimizer.step()
-        now = _mean(layer, places, held)
+        now = _mean(layer, held_out)
         if not np.isfinite(now):
             raise NumericsError(f"The projection's training gave {now} nats after {epoch + 1} epochs. Give a lower projection.learning_rate.")
         if apart := [name for name, value in layer.named_parameters() if value.grad is None]:
@@ -106,9 +104,10 @@ def fit(layer: Layer, places: Places, *, epochs: int, learning_rate: float, seed
             break
         best, kept = now, {name: value.clone() for name, value in layer.state_dict().items()}
     layer.load_state_dict(kept)
-    return {"places": count, "nats_before": round(before, 4), "nats_after": round(best, 4)}
+    return {"places": count, "held_out_places": len(held_out.kept), "nats_before": round(before, 4), "nats_after": round(best, 4)}
 
 
 @torch.no_grad()
-def _mean(layer: Layer, places: Places, order: np.ndarray) -> float:
-    return float(sum(layer.nll(batch).double().sum() for batch in places.batches(order)) / len(order))
+def _mean(layer: Layer, places: Places) -> float:
+    count = len(places.kept)
+    return float(sum(layer.nll(batch).double().sum() for batch in places.batches(np.arange(count))) / count)

@@ -111,6 +111,17 @@ def world(places: int) -> tuple[Places, Counts]:
     return Places(np.ones(places, np.int64), ids, np.full(places, np.log(0.99), np.float32), before, student_id), counts
 
 
+def some(places: Places, rows: slice) -> Places:
+    """Of a world, where one token a place is kept."""
+    return Places(*(column[rows] for column in (places.kept, places.teacher_id, places.logprob, places.before, places.student_id)))
+
+
+def halves(places: Places) -> tuple[Places, Places]:
+    """To train on, and held out."""
+    most = len(places.kept) * 9 // 10
+    return some(places, slice(0, most)), some(places, slice(most, None))
+
+
 def layers() -> list[tuple[str, Layer]]:
     _, counts = world(1000)
     torch.manual_seed(0)
@@ -122,10 +133,10 @@ def test_what_the_token_before_tells_is_learned_and_every_parameter_moves():
     places, _ = world(1000)
     (_, layer), _ = layers()
     begun = {name: value.detach().clone() for name, value in layer.named_parameters()}
-    told = fit(layer, places, epochs=30, learning_rate=0.05, seed=0)
+    told = fit(layer, *halves(places), epochs=30, learning_rate=0.05, seed=0)
     assert told["nats_before"] == pytest.approx(np.log(2), abs=0.02)
     assert told["nats_after"] < 0.05
-    assert told["places"] == 1000
+    assert (told["places"], told["held_out_places"]) == (900, 100)
     for name, value in layer.named_parameters():
         assert not torch.equal(value, begun[name]), name
 
@@ -134,7 +145,7 @@ def test_a_layer_through_a_bottleneck_moves_every_parameter_too():
     places, _ = world(1000)
     _, (_, layer) = layers()
     begun = {name: value.detach().clone() for name, value in layer.named_parameters()}
-    told = fit(layer, places, epochs=3, learning_rate=0.05, seed=0)
+    told = fit(layer, *halves(places), epochs=3, learning_rate=0.05, seed=0)
     assert told["nats_after"] < told["nats_before"]
     for name, value in layer.named_parameters():
         assert not torch.equal(value, begun[name]), name
@@ -151,7 +162,7 @@ def test_control_a_parameter_that_has_no_part_is_an_error():
     places, counts = world(1000)
     layer = Apart(counts.matrix(np.array([0, 1, 2], np.int32), 5, 0.0), counts, 3, 4, 4)
     with pytest.raises(RuntimeError, match="unused"):
-        fit(layer, places, epochs=1, learning_rate=0.05, seed=0)
+        fit(layer, *halves(places), epochs=1, learning_rate=0.05, seed=0)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -159,26 +170,36 @@ def test_the_best_epoch_on_held_out_places_is_kept_and_training_is_the_same_each
     places, _ = world(300)
     _, first = layers()[which]
     before = {name: value.clone() for name, value in first.state_dict().items()}
-    fit(first, places, epochs=4, learning_rate=0.05, seed=0)
+    fit(first, *halves(places), epochs=4, learning_rate=0.05, seed=0)
     _, again = layers()[which]
-    fit(again, places, epochs=4, learning_rate=0.05, seed=0)
+    fit(again, *halves(places), epochs=4, learning_rate=0.05, seed=0)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
     _, worse = layers()[which]
     # what is held out contradicts what is trained on
     turned = Places(places.kept, places.teacher_id, places.logprob, places.before, np.where(np.arange(300) < 270, places.student_id, 5 - places.student_id).astype(np.int32))
-    told = fit(worse, turned, epochs=4, learning_rate=0.5, seed=0)
+    told = fit(worse, *halves(turned), epochs=4, learning_rate=0.5, seed=0)
     assert told["nats_after"] <= told["nats_before"]
     if told["nats_after"] == told["nats_before"]:
         assert all(torch.equal(value, before[name]) for name, value in worse.state_dict().items())
 
 
+def test_what_is_held_out_is_not_trained_on():
+    places, _ = world(300)
+    ours, held_out = halves(places)
+    one, other = layers()[0][1], layers()[0][1]
+    fit(one, ours, held_out, epochs=2, learning_rate=0.05, seed=0)
+    # other tokens, and the same epochs kept: what is kept says only how long
+    fit(other, ours, some(ours, slice(0, 30)), epochs=2, learning_rate=0.05, seed=0)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
 def test_too_few_places_and_numbers_that_are_none_are_told():
     places, _ = world(5)
     with pytest.raises(InputError, match="Choose `contextual`"):
-        fit(layers()[0][1], places, epochs=1, learning_rate=0.05, seed=0)
+        fit(layers()[0][1], places, some(places, slice(0, 0)), epochs=1, learning_rate=0.05, seed=0)
     many, _ = world(200)
     with pytest.raises(NumericsError, match="lower projection"):
-        fit(layers()[1][1], many, epochs=3, learning_rate=1e30, seed=0)
+        fit(layers()[1][1], *halves(many), epochs=3, learning_rate=1e30, seed=0)
 
 
 # --- low_rank ---
