@@ -63,9 +63,10 @@ def main() -> None:
         given["counts"] = counted(pairs[:tenth] if "trained" in asks_for else pairs, len(teacher))
         methods[name] = find("projections", name)(*(given[each] for each in asks_for))
 
+    heldout = [example for example in cache.examples("heldout") if not example.record.choice_of]
     found: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
     records = set()
-    for asked in ask(model, device, cache, student, "heldout", options.positions):
+    for asked in ask(model, device, teacher, student, heldout, options.positions):
         records.add(asked.example.record.id)
         meeting = meeting_of(asked.example)
         for name, method in methods.items():

@@ -24,7 +24,7 @@ from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher, numerics_of
 from pipeline.models.memory import PeakMemory
 from pipeline.models.teacher import Question, Tail, said_of
-from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
+from pipeline.models.tokenizers import NotKept, RecordTokenizer, load_tokenizer
 from pipeline.reporting.progress import Progress
 from pipeline.running.contents import Contents
 from pipeline.running.fingerprint import with_names
@@ -42,6 +42,8 @@ ABOUT = "about"
 """The piece that the last process to find all shards finished makes: what they have in common."""
 SAME_WORD = 0.1
 """Nats by which the log-probability of what follows may be off on the average, when a teacher is asked again elsewhere."""
+NOT_KEPT = "the teacher's tokenizer does not keep its bytes (it normalises its text)"
+"""Why a record is rejected."""
 
 
 def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -69,7 +71,10 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                 progress.advance(1, out.info(name)["tokens"])
                 continue
             here = read_prepared(prepared.file(f"{shard.split}.parquet"), shard.group)
-            rendered = [fitted for record in here for fitted in _fitted(record, shard.split, tokenizer, data.max_tokens)]
+            rejected: list[dict[str, Any]] = []
+            rendered = [fitted for record in here for fitted in _fitted(record, shard.split, tokenizer, data.max_tokens, rejected)]
+            so_far = [each for done in shards.keys() & out.names() for each in out.info(done)["rejected"]]
+            _check_rejected(rejected + so_far, machine.max_rejected, records)
             asked = [example for example in rendered if example is not None]
             word = loaded()
             if strict:
@@ -77,7 +82,6 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                 _refuse_mixed(out, there - same, word.numerics)
                 same |= there
             room_checked = room_checked or _check_room(out, shards)
-            rejected: list[dict[str, Any]] = []
             while True:
                 tail = Tail(wanted.temperatures, word.head.vocabulary_size, word.device) if shard.tail else None
                 try:
@@ -85,7 +89,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                     break
                 except NumericsError as error:
                     asked = _without(asked, error, rejected)
-                    _check_rejected(rejected + [each for done in shards.keys() & out.names() for each in out.info(done)["rejected"]], machine.max_rejected, records)
+                    _check_rejected(rejected + so_far, machine.max_rejected, records)
             examples = [(record, tokens, targets) for (record, tokens), targets in zip(asked, said, strict=True)]
             written = Shard(out.path, shard.number, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
             told = {"key": shard.key, "split": shard.split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
@@ -130,13 +134,20 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     return _summary(committed, teacher.model)
 
 
-def _fitted(record: Record, split: str, tokenizer: RecordTokenizer, max_tokens: int) -> Iterator[tuple[Record, Tokens] | None]:
-    """The record, and if it is held out the record with each other option as its answer; None for what is too long."""
-    fitted = tokenizer.fit(record, max_tokens)
-    if fitted is None or split != "heldout" or not record.options:
-        yield fitted
+def _fitted(record: Record, split: str, tokenizer: RecordTokenizer, max_tokens: int, rejected: list[dict[str, Any]]) -> Iterator[tuple[Record, Tokens] | None]:
+    """The record, and if it is held out the record with each other option as its answer; None for what is too long.
+
+    Nothing, but for a word in `rejected`, for what the teacher's tokenizer does not keep to the byte.
+    """
+    try:
+        fitted = tokenizer.fit(record, max_tokens)
+        if fitted is None or split != "heldout" or not record.options:
+            yield fitted
+            return
+        choices = [tokenizer.fit(choice, max_tokens) for choice in fitted[0].choices() if choice is not fitted[0]]
+    except NotKept:
+        rejected.append({"id": record.id, "reason": NOT_KEPT})
         return
-    choices = [tokenizer.fit(choice, max_tokens) for choice in fitted[0].choices() if choice is not fitted[0]]
     if all(choices):
         yield from (fitted, *choices)
     else:  # without all its options it is no question that models can be compared on
@@ -227,6 +238,11 @@ def _without(asked: list[Asked], error: NumericsError, rejected: list[dict[str, 
 
 def _check_rejected(rejected: list[dict[str, Any]], most: float, records: int) -> None:
     if len(rejected) > most * records:
+        if rejected[0]["reason"] == NOT_KEPT:
+            raise InputError(
+                f"Record {rejected[0]['id']}: {NOT_KEPT}. With it {len(rejected)} of {records} records are rejected, more than machine.max_rejected ({most:g}) allows. "
+                "Normalise the text in your data in the same way, leave such records out, or allow more."
+            )
         raise NumericsError(
             f"The teacher's word on record {rejected[0]['id']} cannot be kept: {rejected[0]['reason']}. "
             f"With it {len(rejected)} of {records} records are rejected, more than machine.max_rejected ({most:g}) allows. "

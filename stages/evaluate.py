@@ -25,7 +25,8 @@ from pipeline.running.runner import Inputs
 def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
     cached = inputs["cache-teacher"]
     cache = Cache(cached.file)
-    examples = list(cache.examples("heldout"))
+    refused = {id.partition("#choice")[0] for id in inputs["fit-projection"].summary.get("refused", {})}
+    examples = [example for example in cache.examples("heldout") if (example.record.choice_of or example.record.id) not in refused]
     heldout = [example.record for example in examples if not example.record.choice_of]
     if not heldout:
         raise InputError("The cache has no held-out records to evaluate on. Give data.heldout, or a larger data.heldout.fraction.")
@@ -48,6 +49,8 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
 
     tokens = sum(shard["tokens"] for shard in cache.about["shards"])
     results = {"models": models, "cache": {"tokens": tokens, "bytes_per_token": cached.size(SHARD_FILES) / tokens}, "heldout_records": len(heldout)}
+    if refused:
+        results["refused_records"] = len(refused)
     metrics = {name: read_json_lines(inputs[stage].file("metrics.jsonl")) for name, stage in (("distilled", "train-student"), ("sft", "train-control")) if stage in inputs}
     with out.result("results.json") as file:
         file.write_text(as_json(results), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from pipeline.config import Projection, TokenizerSource
 from pipeline.errors import InputError
 from pipeline.files import appears_whole, sha256_of
 from pipeline.lookup import find, parameters
-from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
+from pipeline.models.tokenizers import NotKept, RecordTokenizer, load_tokenizer
 from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.counts import counted
 from pipeline.signals.fitting import Layer, Places, fit
-from pipeline.signals.projection import REST, Meeting, meet
+from pipeline.signals.projection import REST, Meeting, meet, no_shares, no_values
+from pipeline.signals.records import Tokens
 from pipeline.signals.targets import with_realised
 from pipeline.signals.vocabulary import same_vocabulary
 
@@ -52,7 +54,7 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
         for _ in out.pieces([COUNTS], keys={COUNTS: out.path.name}):
             said = write_counts(
                 out.path / COUNTS_FILE,
-                counted(((example.tokens, student.render(example.record)) for example in _some(cache, COUNTED_POSITIONS, held_out=False if "trained" in asks_for else None)), len(teacher)),
+                counted(_pairs(cache, student, held_out=False if "trained" in asks_for else None), len(teacher)),
             )
             out.commit(COUNTS, {COUNTS_FILE: said}, key=out.path.name)
         given["counts"] = read_counts(out.path / COUNTS_FILE, len(teacher))
@@ -84,31 +86,38 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     out.plan("shards", len(names))
     progress = Progress("fit-projection", total=len(names), done=len(set(names) & set(out.names())), unit="shards")
     for name in out.pieces(names, keys=dict.fromkeys(names, key)):
-        meetings, wanted = [], 0
+        meetings: list[Meeting | None] = []
+        wanted = 0
         examples = list(cache.of_shard(int(name)))
         for example in examples:
-            meetings.append(_meeting(cache, student, example))
-            wanted += len(meetings[-1].student.answer_positions())
+            meeting = _meeting(cache, student, example)
+            meetings.append(meeting)
+            wanted += len(meeting.student.answer_positions()) if meeting else 0
         records, cut = [example.record.id for example in examples], cache.about["shards"][int(name)]["groups"]
         if fitted.form == "values":
             file, inside = values_file(int(name)), 0
-            words = [fitted.values(meeting, cache.temperatures) for meeting in meetings]
+            words = [fitted.values(meeting, cache.temperatures) if meeting else no_values(len(cache.temperatures)) for meeting in meetings]
             said = write_values(out.path / file, records, words, cut)
             placed = sum(len(word.position) for word in words)
         else:
             file = shares_file(int(name))
-            found = [fitted.shares(meeting) for meeting in meetings]
-            said = write_shares(out.path / file, records, found, [meeting.first for meeting in meetings], cut)
+            found = [fitted.shares(meeting) if meeting else no_shares() for meeting in meetings]
+            said = write_shares(out.path / file, records, found, [meeting.first if meeting else np.zeros(1, dtype=np.int64) for meeting in meetings], cut)
             told = [shares.placed() for shares in found]
             placed, inside = sum(int(there.sum()) for there in told), sum(int((there & shares.inside).sum()) for there, shares in zip(told, found, strict=True))
-        out.commit(name, {file: said}, key=key, student_positions=wanted, placed_positions=placed, inside=inside)
+        refused = {example.record.id: example.place for example, meeting in zip(examples, meetings, strict=True) if meeting is None}
+        out.commit(name, {file: said}, key=key, student_positions=wanted, placed_positions=placed, inside=inside, refused=refused)
         progress.advance(1, wanted)
     shards = [out.info(name) for name in names]
     total = {key: sum(shard[key] for shard in shards) for key in ("student_positions", "placed_positions", "inside")}
+    refused = {id: place for shard in shards for id, place in shard["refused"].items()}
+    if refused:
+        summary |= {"refused_records": len(refused), "refused": refused}
     if not total["placed_positions"]:
         raise InputError(
             f"At none of the student's {total['student_positions']} answer positions does projection.method {method} place any of the teacher's mass, so there would be nothing to learn from it. "
             "Look at its options, and whether the answers' texts begin a token on both sides (data.template)."
+            + (f" The student's tokenizer does not keep the bytes of {len(refused)} records." if refused else "")
         )
     return summary | total | {"coverage": round(total["placed_positions"] / max(total["student_positions"], 1), 4)}
 
@@ -126,10 +135,23 @@ def _some(cache: Cache, positions: int, held_out: bool | None = None) -> Iterato
             return
 
 
-def _meeting(cache: Cache, student: RecordTokenizer, example: Example) -> Meeting:
+def _meeting(cache: Cache, student: RecordTokenizer, example: Example) -> Meeting | None:
+    """None for a record whose bytes the student's tokenizer does not keep."""
+    try:
+        tokens = student.render(example.record)
+    except NotKept:
+        return None
     targets = with_realised(example.targets, example.tokens.ids[example.targets.position + 1], cache.temperatures)
-    return meet(example.record.content, example.tokens, targets, student.render(example.record))
+    return meet(example.record.content, example.tokens, targets, tokens)
+
+
+def _pairs(cache: Cache, student: RecordTokenizer, held_out: bool | None) -> Iterator[tuple[Tokens, Tokens]]:
+    """The teacher's and the student's tokens of training records."""
+    for example in _some(cache, COUNTED_POSITIONS, held_out):
+        with suppress(NotKept):
+            yield example.tokens, student.render(example.record)
 
 
 def _places(cache: Cache, student: RecordTokenizer, held_out: bool) -> Places:
-    return Places.joined(Places.of(_meeting(cache, student, example)) for example in _some(cache, TRAINED_POSITIONS, held_out))
+    meetings = (_meeting(cache, student, example) for example in _some(cache, TRAINED_POSITIONS, held_out))
+    return Places.joined(Places.of(meeting) for meeting in meetings if meeting)

@@ -53,8 +53,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     source = inputs.model(student.model, student.revision)
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
     view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
-    watched = _put_aside(cache, training)
-    order = Order(cache, training.seed, training.batch_records, set(watched))
+    refused = {tuple(place) for place in inputs["fit-projection"].summary.get("refused", {}).values()}
+    watched = _put_aside(cache, training, refused)
+    order = Order(cache, training.seed, training.batch_records, refused | set(watched))
     with_teacher = any(part.needs_teacher for part in objective)
     with_targets, with_chunks = (any(name in part.asks_for for part in objective) for name in ("teacher", "chunks"))
     hottest = max(training.temperature.start, training.temperature.end)
@@ -190,7 +191,7 @@ class Order:
     def __init__(self, cache: Cache, seed: int, batch_records: int, aside: Set[Place]) -> None:
         """aside: records that no step takes."""
         self._cache, self._seed, self._size, self._aside = cache, seed, batch_records, aside
-        self.count = cache.count("train") - len(aside)
+        self.count = sum(place not in aside for place in cache.order("train", seed, 0)) if aside else cache.count("train")
         self._epochs: dict[int, list[Place]] = {}
         self._lock = Lock()
 
@@ -348,11 +349,12 @@ def _digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _put_aside(cache: Cache, training: Training) -> list[Place]:
+def _put_aside(cache: Cache, training: Training, refused: Set[Place]) -> list[Place]:
     """The training records to validate on: spread over the cache, and the same for every seed."""
     if training.validation is None:
         return []
-    wanted, there = training.validation.records, cache.count("train")
+    places = [place for place in cache.order("train", 0, 0) if place not in refused]
+    wanted, there = training.validation.records, len(places)
     if wanted >= there:
         raise InputError(f"training.validation.records: {wanted} are to be put aside, and the cache has {there} training records. Ask for fewer.")
-    return cache.order("train", 0, 0)[:: there // wanted][:wanted]
+    return places[:: there // wanted][:wanted]

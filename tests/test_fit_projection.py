@@ -201,3 +201,49 @@ def test_weights_that_were_damaged_and_are_others_when_trained_again_make_anew_w
     after = {file.name: file.read_bytes() for file in path.glob("values-*")}
     assert before.keys() == after.keys()
     assert all(before[name] != after[name] for name in before)
+
+
+@pytest.mark.parametrize("method", ["contextual", "low_rank"])
+def test_records_that_the_students_tokenizer_does_not_keep_are_left_out_and_counted(cached: Place, method: str):
+    tiny = (cached.path / "tiny").resolve()
+    (cached.path / "tiny").unlink()  # it is everybody's
+    shutil.copytree(tiny, cached.path / "tiny")
+    with (cached.path / "tiny" / "train.jsonl").open("a", encoding="utf-8") as file:
+        for number in range(24):
+            file.write(json.dumps({"question": f"What is fibrose\u0301 {number}?", "answer": f"a kind of e\u0301 {number}"}) + "\n")
+    shutil.rmtree(cached.path / "runs")
+    composes = cached.path / "tiny" / "composes"
+    shutil.copytree(tiny / "student", composes)
+    tokenizer = json.loads((composes / "tokenizer.json").read_text())
+    (composes / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "NFC"}}))
+    chosen = ("--set", "student.model=tiny/composes", "--set", f"projection.method={method}", "--set", "training.objective=[{loss: forward_kl}, {loss: cross_entropy}]")
+    cached.pipeline("run", CONFIG, *chosen, "--set", "training.validation={every: 10, records: 4}", "--set", "evaluation.control=false")
+    refused = cached.finished("fit-projection").summary["refused"]
+    assert len(refused) == cached.finished("fit-projection").summary["refused_records"] == 24
+    cache = Cache(cached.finished("cache-teacher").file)
+    assert {example.record.id for split in ("train", "heldout") for example in cache.examples(split) if "fibrose\u0301" in example.record.segments[0].text} == set(refused)
+    assert all(cache.example(tuple(place)).record.id == id for id, place in refused.items())
+    here = sum(example.record.id in refused for example in cache.examples("train"))
+    assert 0 < here < 24
+    assert cached.finished("train-student").summary["records"] == cache.count("train") - here - 4
+    results = json.loads((cached.path / "runs" / "tiny" / "results.json").read_text())
+    assert results["refused_records"] == 24
+    assert results["heldout_records"] == sum(not example.record.choice_of for example in cache.examples("heldout")) - (24 - here)
+    assert cached.json("inspect-projection", str(cached.finished("fit-projection").path))["refused_records"] == 24
+
+
+def test_records_that_the_teachers_tokenizer_does_not_keep_are_rejected_and_counted(cached: Place):
+    tiny = (cached.path / "tiny").resolve()
+    (cached.path / "tiny").unlink()  # it is everybody's
+    shutil.copytree(tiny, cached.path / "tiny")
+    with (cached.path / "tiny" / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"id": "odd", "question": "What is \u2581?", "answer": "a sign"}) + "\n")
+    told = cached.pipeline("run", CONFIG, status=2)
+    assert "odd" in told
+    assert "machine.max_rejected" in told
+    shutil.rmtree(cached.path / "runs" / "cache-teacher")
+    cached.pipeline("cache-teacher", CONFIG, "--set", "machine.max_rejected=0.1")
+    assert cached.finished("cache-teacher").summary["rejected"] == 1
+    (said,) = json.loads(cached.finished("cache-teacher").file("cache.json").read_text())["rejected"]
+    assert said["id"].endswith("odd")
+    assert "does not keep its bytes" in said["reason"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.cache.reader import Cache, Example
+from pipeline.cache.reader import Example
 from pipeline.models.tokenizers import RecordTokenizer
 from pipeline.signals.first_tokens import NONE, FirstTokens
 from pipeline.signals.projection import SparseTarget, meet
@@ -33,14 +33,10 @@ class Asked:
     q: np.ndarray  # float64 [V_student]; sums to 1
 
 
-def ask(model: PreTrainedModel, device: torch.device, cache: Cache, student: RecordTokenizer, split: str, count: int) -> Iterator[Asked]:
-    """At so many positions at which both begin a token, drawn at random from the split's records that are no choices.
-
-    model: the teacher that made the cache.
-    """
-    examples = [example for example in cache.examples(split) if not example.record.choice_of]
+def ask(model: PreTrainedModel, device: torch.device, teacher: Vocabulary, student: RecordTokenizer, examples: list[Example], count: int) -> Iterator[Asked]:
+    """At so many positions of these examples at which both begin a token, drawn at random. model: the teacher that made their cache."""
     places = [(example, row, position) for example in examples for row, position in _starts(example, student)]
-    reference = _Reference(model, device, cache.vocabulary(), student)
+    reference = _Reference(model, device, teacher, student)
     for example, row, position in (places[i] for i in np.random.default_rng(0).permutation(len(places))[:count].tolist()):
         tokens = student.render(example.record)
         prefix = example.tokens.ids[: int(example.targets.position[row]) + 1]

@@ -26,6 +26,10 @@ A_FIXED_DAY = "26 Jul 2024"
 """What templates that print today's date are told: the same every day, or no two runs would read the same text."""
 
 
+class NotKept(InputError):
+    """A text that the tokenizer does not keep to the byte."""
+
+
 class RecordTokenizer:
     """A model's tokenizer together with a template."""
 
@@ -117,7 +121,7 @@ class RecordTokenizer:
         probe = Record("probe", (Segment("user", "a"), Segment("assistant", "b")))
         try:
             tokens = self.render(probe)
-        except _NotKept:
+        except NotKept:
             raise InputError(f"The tokenizer of {self.name} does not keep the bytes of the template's own text (T5's has no line breaks, say). Give a data.template without what it lacks.") from None
         ends = [int(id) for id in tokens.ids[tokens.kind == END]]
         if self.tokenizer.eos_token_id is not None:
@@ -177,7 +181,7 @@ class RecordTokenizer:
         # SentencePiece tokenizers may put a space of their own before the text
         dummy = int(joined == b" " + raw)
         if joined[dummy:] != raw:
-            raise _NotKept(
+            raise NotKept(
                 f"The tokenizer of {self.name} does not keep the bytes of record {record.id} (it normalises its text). Normalise the text in your data in the same way, or leave the record out."
             )
         at = np.maximum(np.concatenate([[0], np.cumsum(self.vocabulary.lengths[ids])]) - dummy, 0)  # the tokens' bounds in the run
@@ -205,10 +209,6 @@ def load_tokenizer(source: str, revision: str | None, template: str, name: str) 
             f"The tokenizer of {name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]} Check the name and `revision`, or give a local folder with tokenizer.json."
         ) from None
     return RecordTokenizer(tokenizer, template, name)
-
-
-class _NotKept(InputError):
-    """A text that the tokenizer does not keep to the byte."""
 
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")

@@ -69,12 +69,13 @@ def measured(folder: Path, cache_folder: Path | None, teacher_positions: int = 0
     if view.fitted.method == "identity" and teacher_positions:
         raise InputError("This projection is the identity: its targets are what the teacher says, and there is nothing to compare. Leave out --teacher-positions.")
     split = "heldout" if cache.count("heldout") else "train"
-    examples = list(islice((example for example in cache.examples(split) if not example.record.choice_of), records))
-    found = _measured(view, examples, student.vocabulary, cache) | {"records": len(examples), "split": split, "method": view.fitted.method}
-    return found | (_against_teacher(view, cached, cache, student, split, teacher_positions) if teacher_positions else {})
+    refused = finished.summary.get("refused", {})
+    examples = list(islice((example for example in cache.examples(split) if not example.record.choice_of and example.record.id not in refused), records))
+    found = _measured(view, examples, student.vocabulary, cache) | {"records": len(examples), "refused_records": len(refused), "split": split, "method": view.fitted.method}
+    return found | (_against_teacher(view, cached, cache, student, examples, teacher_positions) if teacher_positions else {})
 
 
-def _against_teacher(view: StudentView, cached: FinishedFolder, cache: Cache, student: RecordTokenizer, split: str, positions: int) -> dict[str, Any]:
+def _against_teacher(view: StudentView, cached: FinishedFolder, cache: Cache, student: RecordTokenizer, examples: list[Example], positions: int) -> dict[str, Any]:
     """How far the targets are from what the teacher says when it is asked, over all and by what the student's token is."""
     from pipeline.models.expanded import ask, compared
     from pipeline.models.loading import device_named, load_teacher
@@ -88,7 +89,7 @@ def _against_teacher(view: StudentView, cached: FinishedFolder, cache: Cache, st
     source = Inputs({}, runs).model(settings.model, settings.revision)
     model = load_teacher(source, settings.revision, settings.quantization, settings.double_quantization, settings.dtype, device)
     strata: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
-    for asked in ask(model, device, cache, student, split, positions):
+    for asked in ask(model, device, cache.vocabulary(), student, examples, positions):
         word = view.projected(asked.example, asked.tokens)
         here = np.flatnonzero(word.position == asked.position)
         if len(here):

@@ -171,6 +171,18 @@ class Shares:
         return replace(self, owner=(np.cumsum(wanted) - 1)[self.owner[taken]], **positions, **flat)
 
 
+def no_shares() -> Shares:
+    """Of a record that nothing is said of."""
+    flat, bools, ids = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int32)
+    return Shares(flat, flat, bools, np.zeros(0, dtype=np.float32), flat, flat, ids, None)
+
+
+def no_values(temperatures: int) -> Projected:
+    """The same as values. temperatures: how many the cache has."""
+    flat, reals = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    return Projected(flat, flat, flat.astype(np.int32), reals, None, np.zeros((temperatures, 0), dtype=np.float32), flat, reals, flat)
+
+
 class Projection(Protocol):
     """What a method in pipeline/projections/ gives."""
 

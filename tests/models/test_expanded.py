@@ -27,12 +27,14 @@ def test_likely_tokens_are_expanded_with_the_teacher_and_read_off_by_the_student
     student = load_tokenizer(str(done.path / "tiny" / "student"), None, cache.about["template"], "student")
     teacher, first = cache.vocabulary(), FirstTokens(student.vocabulary, student.encode)
 
+    examples = [example for example in cache.examples("heldout") if not example.record.choice_of]
+
     @torch.inference_mode()
     def says(ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0, -1, : len(teacher)].double().softmax(-1).numpy()
 
     seen = 0
-    for asked in ask(model, torch.device("cpu"), cache, student, "heldout", 6):
+    for asked in ask(model, torch.device("cpu"), teacher, student, examples, 6):
         tokens, ours = asked.tokens, asked.example.tokens
         byte = int(tokens.start[asked.position + 1])
         begin = next(at for at in range(asked.position + 1, -1, -1) if tokens.kind[at - 1] != ANSWER)
