@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -73,8 +73,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
             here = read_prepared(prepared.file(f"{shard.split}.parquet"), shard.group)
             rejected: list[dict[str, Any]] = []
             rendered = [fitted for record in here for fitted in _fitted(record, shard.split, tokenizer, data.max_tokens, rejected)]
-            so_far = [each for done in shards.keys() & out.names() for each in out.info(done)["rejected"]]
-            _check_rejected(rejected + so_far, machine.max_rejected, records)
+            _check_rejected(_with_others(rejected, out, shards), machine.max_rejected, records)
             asked = [example for example in rendered if example is not None]
             word = loaded()
             if strict:
@@ -89,7 +88,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                     break
                 except NumericsError as error:
                     asked = _without(asked, error, rejected)
-                    _check_rejected(rejected + so_far, machine.max_rejected, records)
+                    _check_rejected(_with_others(rejected, out, shards), machine.max_rejected, records)
             examples = [(record, tokens, targets) for (record, tokens), targets in zip(asked, said, strict=True)]
             written = Shard(out.path, shard.number, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
             told = {"key": shard.key, "split": shard.split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
@@ -234,6 +233,11 @@ def _without(asked: list[Asked], error: NumericsError, rejected: list[dict[str, 
     question = wrong.choice_of or wrong.id
     rejected.append({"id": question, "reason": f"{what} (NaN or infinity) at position {position} of {wrong.id}"})
     return [(record, tokens) for record, tokens in asked if (record.choice_of or record.id) != question]
+
+
+def _with_others(rejected: list[dict[str, Any]], out: RunFolder, shards: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """And those of the shards that are done; they are looked up only if there are any here."""
+    return rejected and rejected + [each for done in shards.keys() & set(out.names()) for each in out.info(done)["rejected"]]
 
 
 def _check_rejected(rejected: list[dict[str, Any]], most: float, records: int) -> None:

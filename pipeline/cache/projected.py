@@ -22,7 +22,7 @@ from pipeline.errors import Mismatch
 from pipeline.signals.counts import Counts
 from pipeline.signals.projection import FORMS, Form, Projected, Shares, TokenMap, as_it_is, meet, projected
 from pipeline.signals.records import Record, Tokens
-from pipeline.signals.targets import Targets, with_realised
+from pipeline.signals.targets import with_realised
 
 MAP = pa.schema([("student_id", pa.int32())])
 COUNTS = pa.schema([("teacher_id", pa.int32()), ("student_id", pa.int32()), ("count", pa.int64())])
@@ -179,10 +179,10 @@ class StudentView:
 
     def projected(self, example: Example, tokens: Tokens, inside: bool = True) -> Projected:
         """inside: also at positions where the student's token begins inside a teacher's."""
+        if self.fitted.form == "values":
+            return self._values(example)
         teacher = example.tokens
         targets = with_realised(example.targets, teacher.ids[example.targets.position + 1], self.cache.temperatures)
-        if self.fitted.form == "values":
-            return self._values(example, targets)
         if self._same is None:
             first = np.concatenate([[0], np.cumsum(targets.kept.astype(np.int64))])
             shares = self.shares(example, first)
@@ -209,8 +209,9 @@ class StudentView:
                 log_share=stored["log_share"],
             )
 
-    def _values(self, example: Example, targets: Targets) -> Projected:
+    def _values(self, example: Example) -> Projected:
         stored, path = self._stored(example, values_file, VALUES)
+        targets = example.targets
         row = stored["row"].astype(np.int64)
         with decoding(path):
             return Projected(

@@ -8,8 +8,6 @@ from pipeline.signals.chunks import Chunks
 
 SHIFT = 1e-6
 """Keeps a chunk that is certain away from where the logarithm ends."""
-
-
 LEAST = 0.1
 """A stretch ends where the teacher expects at least so much that no word goes on."""
 
@@ -22,8 +20,8 @@ def alm(student: Tensor, realised: Tensor, chunks: Chunks, *, temperature: float
     are equal. It stands at the row of the stretch's last token. student: [N, V] logits; realised: int64 [N].
 
     boundary: both also say how likely it is that no word goes on behind the stretch, for a tokenizer's `kid` is not another's
-    that has `kidney`; stretches are joined up to where the teacher expects that (section 3.3 there). Needs a cache with
-    `targets.logits.boundary`.
+    that has `kidney`; stretches are joined up to where the teacher expects that, as in the authors' tokenkit
+    (`merge_by_space_prob+append_space`). Needs a cache with `targets.logits.boundary`.
     """
     logprob = -torch.nn.functional.cross_entropy(student.float(), realised, reduction="none")
     ours = logprob.new_zeros(len(chunks.logprob)).index_add(0, chunks.chunk, logprob[chunks.row])

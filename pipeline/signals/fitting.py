@@ -1,5 +1,6 @@
 """Weights of a projection, trained on the tokens that are there: the likelihood that it gives them, and never a student's loss."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -65,12 +66,12 @@ class Batch:
         return torch.repeat_interleave(self.kept)
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """What gives each place's student token a probability. Tables of which a step needs few rows are nn.Embedding(Bag) with sparse=True."""
 
+    @abstractmethod
     def nll(self, batch: Batch) -> Tensor:
         """float32 [N] nats."""
-        raise NotImplementedError
 
 
 def fit(layer: Layer, places: Places, held_out: Places, *, epochs: int, learning_rate: float, seed: int) -> dict[str, float]:

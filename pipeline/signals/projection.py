@@ -184,7 +184,11 @@ def no_values(temperatures: int) -> Projected:
 
 
 class Projection(Protocol):
-    """What a method in pipeline/projections/ gives."""
+    """What a method in pipeline/projections/ gives.
+
+    One whose form is `values` has values(meeting, temperatures) -> Projected instead of `shares`: its word where both begin a
+    token, with the rests at the temperatures that the cache has them at.
+    """
 
     form: ClassVar[Form]
 
@@ -193,19 +197,7 @@ class Projection(Protocol):
         """int32 [V_teacher]: the student token that most of a teacher token's mass goes to, if nothing else is known; REST: none."""
         ...
 
-
-class Sharing(Projection, Protocol):
-    """Whose form is shares or ranks."""
-
     def shares(self, meeting: Meeting) -> Shares: ...
-
-
-class Valued(Projection, Protocol):
-    """Whose form is values."""
-
-    def values(self, meeting: Meeting, temperatures: list[float]) -> Projected:
-        """At the positions where both begin a token. temperatures: those that the cache has rests at."""
-        ...
 
 
 @dataclass(frozen=True)
