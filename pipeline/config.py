@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.lookup import nearest, parameters
+from pipeline.lookup import nearest, option_types, parameters
+from pipeline.options import Count, Number, Positive, Share
 
 SECRET = re.compile(r"://[^/@\s]+@|\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})\b")
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Revision = Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
 
 
@@ -70,6 +69,11 @@ class Named(BaseModel):
         for key, required in known.items():
             if required and key not in self.options():
                 raise ValueError(f"{name} needs the option '{key}'")
+        for key, value in self.options().items():
+            try:
+                TypeAdapter(option_types(self.kind, name)[key]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise ValueError(f"{key}: {_lower(error.errors()[0]['msg'])} (it is {value!r})") from None
 
 
 def named_files(value: Any) -> list[str]:
@@ -87,9 +91,9 @@ class Dataset(Named):
     """A file in pipeline/datasets/."""
     limit: Positive | None = None
     """Take only the first so many records."""
-    skip: Annotated[int, Field(ge=0)] = 0
+    skip: Count = 0
     """Leave out the first so many."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Number = 1.0
     """How much each of its records counts in the objective."""
     incomplete: Literal["stop", "drop"] = "stop"
     """What to do with a record without a question or an answer."""
@@ -137,9 +141,9 @@ class Logits(Section):
     min: Annotated[int, Field(ge=1, le=65535)] = 4
     keep: Annotated[int, Field(ge=1, le=65535)] = 128
     """At most so many tokens are kept per position; with `sampled`, so many are drawn (255 at most)."""
-    step: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]], Field(strict=False)] = (0.02, 0.5)
+    step: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Number], Field(strict=False)] = (0.02, 0.5)
     """How finely log-probabilities are stored: min(second, first * exp(-logprob / 2)) nats."""
-    temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 2.0, 8.0]
+    temperatures: Annotated[list[Number], Field(min_length=1)] = [1.0, 2.0, 8.0]
     """At which the log of the mass that was not kept is stored; in between it is interpolated."""
     hidden: Literal["int8"] | None = None
     """Also keep the last hidden states, and the head once: exact logits at any temperature, at hidden-size bytes a position."""
@@ -186,7 +190,7 @@ class Targets(Section):
 class Student(Section):
     model: str
     revision: Revision = None
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    layers: Annotated[list[Count], Field(min_length=1)] | None = None
     """Keep only these decoder layers of the model, in this order."""
 
 
@@ -246,11 +250,11 @@ class Objective(Named):
     def _check(self) -> "Objective":
         self.check()
         if self.tail != "rest" and not self.takes("teacher"):
-            raise ValueError(f"tail has no effect on {self.loss}, which does not ask for the teacher; leave it out")
+            raise ValueError(f"tail has no effect on {self.loss}, which does not compare tokens with the teacher's; leave it out")
         return self
 
     def needs_teacher(self) -> bool:
-        return self.takes("teacher") or self.takes("chunks")
+        return any(self.takes(what) for what in ("teacher", "values", "chunks"))
 
     def takes(self, what: str) -> bool:
         return what in parameters("losses", self.loss)[0]
@@ -271,17 +275,17 @@ class Training(Section):
     specialty_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Factor on the records of a specialty; 1 for those not named."""
     steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Number | None = None
     """Instead of steps: passes over the training records."""
     batch_records: Positive = 16
     """Records in one optimizer step, over all devices."""
     learning_rate: Scheduled = Schedule.constant(1e-5)
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_gradient_norm: Number = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     validation: Validation | None = None
     """The objective, at the last temperature and with `tail: rest`, on records that are not trained on."""
 
@@ -317,7 +321,7 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     teacher_batch_records: Positive = 8
     student_micro_batch_records: Positive = 4
-    workers: Annotated[int, Field(ge=0)] = 1
+    workers: Count = 1
     """Threads that make the next batches ready while the model computes."""
     max_rejected: Share = 0.001
     """When the teacher's logits are not finite on more than this share of the records, cache-teacher stops."""
@@ -349,12 +353,7 @@ class Experiment(Section):
         """ConfigError if training asks for what a cache of these targets will not hold: better now than after the teacher has run."""
         logits = self.targets.logits
         tails = {part.tail for part in self.training.objective if part.weight > 0}
-        taught = any(part.takes("teacher") for part in self.training.objective if part.weight > 0)
-        wrong = [part.loss for part in self.training.objective if part.takes("teacher") and part.loss != "uld"]
-        if self.projection.method == "uld" and wrong:
-            raise ConfigError(
-                f"projection.method uld keeps values and no tokens, and the loss {wrong[0]} of training.objective compares tokens. Use the loss `uld` alone, or another projection.method."
-            )
+        taught = any(part.takes("teacher") or part.takes("values") for part in self.training.objective if part.weight > 0)
         if not logits.boundary and any(part.loss == "alm" and part.options().get("boundary") for part in self.training.objective if part.weight > 0):
             raise ConfigError("training.objective has alm with `boundary: true`, which needs `targets.logits.boundary: true`. Add that, or leave `boundary` out.")
         if "hidden" in tails and logits.hidden is None:
@@ -509,7 +508,11 @@ def _explain(problem: Any, lines: dict[Place, str], file: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-    return f"{where}: {dotted}: {message[:1].lower() + message[1:]}{shown}"
+    return f"{where}: {dotted}: {_lower(message)}{shown}"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
 
 
 def _inside(model: Any, part: str | int) -> Any:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline import options as types
 from pipeline.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -32,12 +33,29 @@ def check_name(kind: str, name: str) -> None:
 @cache
 def parameters(kind: str, name: str) -> tuple[tuple[str, ...], dict[str, bool]]:
     """Its positional parameters and its options (name -> must be given), read from the source: nothing is imported."""
+    function = _signature(kind, name)
+    positional = tuple(argument.arg for argument in function.args)
+    options = {a.arg: d is None for a, d in zip(function.kwonlyargs, function.kw_defaults, strict=True)}
+    return positional, options
+
+
+@cache
+def option_types(kind: str, name: str) -> dict[str, Any]:
+    """What its options are annotated with: plain types, and those of pipeline/options.py."""
+    found = {}
+    for argument in _signature(kind, name).kwonlyargs:
+        written = ast.unparse(argument.annotation) if argument.annotation else "None"
+        try:
+            found[argument.arg] = eval(written, dict(vars(types)))
+        except NameError as error:
+            raise ConfigError(f"pipeline/{kind}/{name}.py: {argument.arg} is annotated with {written}, and {error.name} is no type of an option; see pipeline/options.py.") from None
+    return found
+
+
+def _signature(kind: str, name: str) -> ast.arguments:
     check_name(kind, name)
     tree = ast.parse((HERE / kind / f"{name}.py").read_text(encoding="utf-8"))
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    positional = tuple(argument.arg for argument in function.args.args)
-    options = {a.arg: d is None for a, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)}
-    return positional, options
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name).args
 
 
 def nearest(wrong: str, right: list[str]) -> str:

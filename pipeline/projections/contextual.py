@@ -3,6 +3,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from pipeline.options import Count, Share
 from pipeline.signals.counts import Counts, Matrix
 from pipeline.signals.first_tokens import LONGEST, NONE, Encode, FirstTokens
 from pipeline.signals.projection import REST, Form, Meeting, Shares
@@ -16,7 +17,7 @@ NOTHING = 256
 
 
 def contextual(
-    teacher: Vocabulary, student: Vocabulary, encode: Encode, counts: Counts, *, depth: int = 4, inside: bool = True, least_mass: float = 0.05, least_count: int = 5, least_share: float = 0.01
+    teacher: Vocabulary, student: Vocabulary, encode: Encode, counts: Counts, *, depth: Count = 4, inside: bool = True, least_mass: Share = 0.05, least_count: Count = 5, least_share: Share = 0.01
 ) -> "Contextual":
     """A token's mass goes to the student token that begins there when the text goes on with its bytes, given the text before.
 

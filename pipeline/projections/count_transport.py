@@ -3,6 +3,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from pipeline.options import Count, Share
 from pipeline.projections.first_token import first_token
 from pipeline.signals.counts import Counts, Matrix
 from pipeline.signals.first_tokens import Encode
@@ -10,7 +11,7 @@ from pipeline.signals.projection import Form, Meeting, Shares, at_meetings
 from pipeline.signals.vocabulary import Vocabulary
 
 
-def count_transport(teacher: Vocabulary, student: Vocabulary, encode: Encode, counts: Counts, *, least_count: int = 5, least_share: float = 0.001) -> "CountTransport":
+def count_transport(teacher: Vocabulary, student: Vocabulary, encode: Encode, counts: Counts, *, least_count: Count = 5, least_share: Share = 0.001) -> "CountTransport":
     """Each token's mass is shared out as often as each student token stood where it stood in the records.
 
     The maximum-likelihood estimate of one fixed matrix, smoothed by one event of `first_token`; that alone for tokens seen

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.options import Count, Number, Positive, Share
 from pipeline.projections.first_token import first_token
 from pipeline.signals.counts import Counts, Matrix
 from pipeline.signals.first_tokens import Encode
@@ -22,12 +23,12 @@ def learned(
     counts: Counts,
     trained: Callable[..., None],
     *,
-    rank: int = 16,
-    epochs: int = 10,
-    learning_rate: float = 0.01,
-    least_count: int = 5,
-    least_share: float = 0.001,
-    seed: int = 0,
+    rank: Positive = 16,
+    epochs: Count = 10,
+    learning_rate: Number = 0.01,
+    least_count: Count = 5,
+    least_share: Share = 0.001,
+    seed: Count = 0,
 ) -> "Learned":
     """As `count_transport`, but how a token's mass is shared out depends on the teacher's token before, and the shares are trained.
 

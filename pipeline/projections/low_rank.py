@@ -1,13 +1,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.options import Count, Number, Positive
 from pipeline.signals.counts import Counts
 from pipeline.signals.fitting import BATCH, Batch, Layer, Places
 from pipeline.signals.projection import REST, Form, Meeting, Projected
@@ -15,7 +17,16 @@ from pipeline.signals.vocabulary import Vocabulary
 
 
 def low_rank(
-    teacher: Vocabulary, student: Vocabulary, counts: Counts, trained: Callable[..., None], *, rank: int = 64, keep: int = 64, epochs: int = 10, learning_rate: float = 0.003, seed: int = 0
+    teacher: Vocabulary,
+    student: Vocabulary,
+    counts: Counts,
+    trained: Callable[..., None],
+    *,
+    rank: Positive = 64,
+    keep: Annotated[int, Field(ge=1, le=65535)] = 64,
+    epochs: Count = 10,
+    learning_rate: Number = 0.003,
+    seed: Count = 0,
 ) -> "LowRank":
     """The published layer (DistilLLM-Med): the teacher's probabilities through a bottleneck with ReLU to the student's logits.
 

@@ -34,8 +34,13 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=self._done, speed=speed)
             if self._done >= self._total:
-                self._bar.stop()
+                self.finish()
         elif not self._silent and (now - self._told > SECONDS_BETWEEN_LINES or self._done >= self._total):
             self._told = now
             left = seconds / (self._done - self._first) * (self._total - self._done)
             print(f"{self._what}: {self._done} of {self._total} {self._unit}, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Nothing more will come."""
+        if self._bar:
+            self._bar.stop()

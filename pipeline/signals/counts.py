@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.signals.alignment import align
 from pipeline.signals.projection import REST
+from pipeline.signals.ragged import runs
 from pipeline.signals.records import END, Tokens
 
 
@@ -68,9 +69,7 @@ class Matrix:
 
     def of(self, teacher_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shares of these tokens, flat: which of them each belongs to, and its index."""
-        entries = self.begin[teacher_id + 1] - self.begin[teacher_id]
-        owner = np.repeat(np.arange(len(teacher_id)), entries)
-        return owner, np.arange(len(owner)) - np.repeat(np.cumsum(entries) - entries, entries) + self.begin[teacher_id][owner]
+        return runs(self.begin[teacher_id], self.begin[teacher_id + 1] - self.begin[teacher_id])
 
     def largest(self) -> tuple[np.ndarray, np.ndarray]:
         """Per teacher token the student token with the largest share (REST if it has none), and that share."""

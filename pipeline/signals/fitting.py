@@ -1,8 +1,9 @@
 """Weights of a projection, trained on the tokens that are there: the likelihood that it gives them, and never a student's loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, NumericsError
 from pipeline.signals.projection import Meeting
+from pipeline.signals.ragged import runs
 
 BATCH = 64
 """Places a step."""
@@ -44,9 +46,8 @@ class Places:
         begin = np.cumsum(self.kept) - self.kept
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
-            kept = self.kept[chosen]
-            entry = np.arange(kept.sum()) + np.repeat(begin[chosen] - (np.cumsum(kept) - kept), kept)
-            kept, teacher_id, before, student_id = (torch.from_numpy(part.astype(np.int64)) for part in (kept, self.teacher_id[entry], self.before[chosen], self.student_id[chosen]))
+            _, entry = runs(begin[chosen], self.kept[chosen])
+            kept, teacher_id, before, student_id = (torch.from_numpy(part.astype(np.int64)) for part in (self.kept[chosen], self.teacher_id[entry], self.before[chosen], self.student_id[chosen]))
             yield Batch(kept, teacher_id, torch.from_numpy(np.exp(self.logprob[entry])), before, student_id)
 
 
@@ -74,24 +75,41 @@ class Layer(nn.Module, ABC):
         """float32 [N] nats."""
 
 
-def fit(layer: Layer, places: Places, held_out: Places, *, epochs: int, learning_rate: float, seed: int) -> dict[str, float]:
+def fit(
+    layer: Layer,
+    places: Places,
+    held_out: Places,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    begun: dict[str, Tensor] | None = None,
+    after_epoch: Callable[[int, dict[str, Tensor]], None] = lambda epoch, tensors: None,
+) -> dict[str, float]:
     """Train with Adam until the held-out places are given no more by another epoch; at most so many epochs.
 
-    held_out: of records that neither the layer's start nor its training has seen. Gives the nats per held-out place before
-    and after. Raises NumericsError if that is no number, and InputError if there is nothing to train on. A parameter that has
-    no part in the likelihood would stay as it began: a RuntimeError.
+    held_out: of records that neither the layer's start nor its training has seen. after_epoch: is given how many are done and
+    tensors that another call goes on from as `begun`, as if it had not been interrupted. Gives the nats per held-out place
+    before and after. Raises NumericsError if that is no number, and InputError if there is nothing to train on. A parameter
+    that has no part in the likelihood would stay as it began: a RuntimeError.
     """
     count = len(places.kept)
     if not count or not len(held_out.kept):
         raise InputError(f"There are {count + len(held_out.kept)} places in the cache's training answers where both tokenizers begin a token: too few to train a projection on. Choose `contextual`.")
-    best = before = _mean(layer, held_out)
-    kept = {name: value.clone() for name, value in layer.state_dict().items()}
     tables = [module.weight for module in layer.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse]
     others = [parameter for parameter in layer.parameters() if all(parameter is not table for table in tables)]
     optimizers = [torch.optim.Adam(others, lr=learning_rate), *([torch.optim.SparseAdam(tables, lr=learning_rate)] if tables else [])]
+    if begun:
+        before, best, done = begun["nats"][0].item(), begun["nats"][1].item(), int(begun["epochs"])
+        _restore(layer, optimizers, begun)
+    else:
+        before = best = _mean(layer, held_out)
+        done = 0
+    kept = {name: value.clone() for name, value in layer.state_dict().items()}
     random = np.random.default_rng(seed)
-    for epoch in range(epochs):
-        for batch in places.batches(random.permutation(count)):
+    orders = [random.permutation(count) for _ in range(epochs)]
+    for epoch in range(done, epochs):
+        for batch in places.batches(orders[epoch]):
             layer.zero_grad(set_to_none=True)
             layer.nll(batch).mean().backward()
             for optimizer in optimizers:
@@ -104,8 +122,29 @@ def fit(layer: Layer, places: Places, held_out: Places, *, epochs: int, learning
         if now >= best:
             break
         best, kept = now, {name: value.clone() for name, value in layer.state_dict().items()}
+        after_epoch(epoch + 1, _state(layer, optimizers) | {"nats": torch.tensor([before, best], dtype=torch.float64), "epochs": torch.tensor(epoch + 1)})
     layer.load_state_dict(kept)
     return {"places": count, "held_out_places": len(held_out.kept), "nats_before": round(before, 4), "nats_after": round(best, 4)}
+
+
+def _state(layer: Layer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    tensors = {f"layer.{name}": value for name, value in layer.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    return tensors
+
+
+def _restore(layer: Layer, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    layer.load_state_dict({name.removeprefix("layer."): value for name, value in tensors.items() if name.startswith("layer.")})
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                index, key = name.split(".")[2:]
+                # SparseAdam counts its steps in Python
+                state.setdefault(int(index), {})[key] = int(value) if key == "step" and isinstance(optimizer, torch.optim.SparseAdam) else value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.signals.alignment import align
+from pipeline.signals.ragged import runs
 from pipeline.signals.records import ANSWER, Tokens
 from pipeline.signals.targets import Targets, rest_at
 from pipeline.signals.vocabulary import Vocabulary
@@ -37,7 +38,24 @@ class Projected:
     unkept: np.ndarray  # int64 [P] how many of the teacher's tokens the rests are of
     reliability: np.ndarray  # float32 [P] 1 less the mass that went where it usually goes, whatever stood there, and that was left out
     row: np.ndarray  # int64 [P] the described position of the teacher that this one speaks of
-    hidden: tuple[np.ndarray, np.ndarray] | None = None  # int8 [P, H] and float32 [P]: the teacher's last states there, and their scales
+    states: "States | None" = None
+
+
+@dataclass(frozen=True)
+class States:
+    """The teacher's last hidden states at P positions, and which of its tokens are kept there."""
+
+    hidden: np.ndarray  # int8 [P, H]
+    scale: np.ndarray  # float32 [P]
+    kept: np.ndarray  # int64 [P] how many
+    ids: np.ndarray  # int32 [sum of kept]
+
+    @classmethod
+    def of(cls, targets: Targets, row: np.ndarray) -> "States | None":
+        if targets.hidden is None or targets.hidden_scale is None:
+            return None
+        kept = targets.kept.astype(np.int64)
+        return cls(targets.hidden[row], targets.hidden_scale[row], kept[row], targets.ids[runs((np.cumsum(kept) - kept)[row], kept[row])[1]])
 
 
 @dataclass(frozen=True)
@@ -96,9 +114,7 @@ class Meeting:
 
     def kept(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The kept tokens of these rows, flat: which of `row` each belongs to, and its index in targets.ids."""
-        entries = self.targets.kept[row].astype(np.int64)
-        owner = np.repeat(np.arange(len(row)), entries)
-        return owner, np.arange(entries.sum()) - np.repeat(np.cumsum(entries) - entries, entries) + self.first[row][owner]
+        return runs(self.first[row], self.targets.kept[row])
 
     @cached_property
     def realised(self) -> np.ndarray:
@@ -242,7 +258,7 @@ def projected(targets: Targets, shares: Shares, vocabulary_size: int) -> Project
         unkept=np.where(shares.inside, 0, vocabulary_size - targets.kept[row].astype(np.int64)),
         reliability=shares.reliability,
         row=row,
-        hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden[row], targets.hidden_scale[row]),
+        states=States.of(targets, row),
     )
 
 
@@ -259,7 +275,7 @@ def as_it_is(targets: Targets, vocabulary_size: int) -> Projected:
         unkept=vocabulary_size - entries,
         reliability=np.ones(len(entries), dtype=np.float32),
         row=np.arange(len(entries)),
-        hidden=None if targets.hidden is None or targets.hidden_scale is None else (targets.hidden, targets.hidden_scale),
+        states=States.of(targets, np.arange(len(entries))),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.signals.chunks import Chunked, Chunks, joined
-from pipeline.signals.projection import Projected, SparseTarget, at_temperature
+from pipeline.signals.projection import Projected, SparseTarget, States, at_temperature
 from pipeline.signals.records import Tokens
 
 T = TypeVar("T")
@@ -27,15 +27,33 @@ class Batch:
     known: Tensor  # int64 [M] the rows for which there is a word of the teacher
     known_weights: Tensor  # float32 [M] their weights times how reliable that word is
     teacher: SparseTarget | None  # [M, C]; None if there is none
-    hidden: tuple[Tensor, Tensor] | None  # int8 [M, H] and float32 [M]: the teacher's last states and their scales, if they were read
+    states: "TeacherStates | None"  # if they were read
     chunks: Chunks | None
     tokens: int
     """Without padding."""
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights")}
-        hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
-        return replace(self, **moved, teacher=self.teacher.to(device) if self.teacher else None, hidden=hidden, chunks=self.chunks.to(device) if self.chunks else None)
+        others = {name: value.to(device) for name in ("teacher", "states", "chunks") if (value := getattr(self, name)) is not None}
+        return replace(self, **moved, **others)
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """As signals.projection.States, of the rows that are known."""
+
+    hidden: Tensor  # int8 [M, H]
+    scale: Tensor  # float32 [M]
+    row: Tensor  # int64 [E] of each kept token: which of the M,
+    id: Tensor  # int64 [E] and the teacher's id
+
+    @classmethod
+    def joined(cls, parts: list[States]) -> "TeacherStates":
+        hidden, scale, kept, ids = (torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ("hidden", "scale", "kept", "ids"))
+        return cls(hidden, scale, torch.repeat_interleave(kept), ids.long())
+
+    def to(self, device: torch.device) -> "TeacherStates":
+        return TeacherStates(*(getattr(self, name).to(device) for name in ("hidden", "scale", "row", "id")))
 
 
 def make_batch(
@@ -75,14 +93,10 @@ def make_batch(
         known=torch.from_numpy(known_rows),
         known_weights=torch.from_numpy(weight[known_rows] * reliability),
         teacher=at_temperature(words, stored, temperature) if words else None,
-        hidden=(_joined(words, 0), _joined(words, 1)) if words and words[0].hidden is not None else None,
+        states=TeacherStates.joined([word.states for word in words if word.states]) if words and words[0].states else None,
         chunks=None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records], begins_anew),
         tokens=sum(len(tokens) for tokens in records),
     )
-
-
-def _joined(words: list[Projected], part: int) -> Tensor:
-    return torch.from_numpy(np.concatenate([word.hidden[part] for word in words if word.hidden is not None]))
 
 
 def made_ahead(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

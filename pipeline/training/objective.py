@@ -13,7 +13,10 @@ from pipeline.training.batches import Batch
 
 @dataclass(frozen=True)
 class Part:
-    """A loss under the name it is logged with, its weight, and what it asks for by its parameters' names: student, teacher, realised, chunks."""
+    """A loss under the name it is logged with, its weight, and what it asks for by its parameters' names.
+
+    student: logits; teacher: the target; values: the same, whatever its tokens are; realised: the tokens that follow; chunks.
+    """
 
     name: str
     weight: float
@@ -25,12 +28,12 @@ class Part:
 
     @property
     def needs_teacher(self) -> bool:
-        return "teacher" in self.asks_for or "chunks" in self.asks_for
+        return self.where_known or "chunks" in self.asks_for
 
     @property
     def where_known(self) -> bool:
         """Whether it is over the rows with a target, not over all."""
-        return "teacher" in self.asks_for
+        return "teacher" in self.asks_for or "values" in self.asks_for
 
 
 def parts(objective: list[tuple[str, float, dict[str, object], str]]) -> list[Part]:
@@ -57,7 +60,7 @@ def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, 
     """
     shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
     everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
-    where_known: dict[str, Any] = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher}
+    where_known: dict[str, Any] = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher, "values": batch.teacher}
     shares: dict[str, Tensor] = {}
     whole = logits[:0].float().sum()  # 0, but of the graph: a batch without any word of the teacher can be gone back through
     for part in objective:

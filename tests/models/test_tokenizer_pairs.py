@@ -14,9 +14,10 @@ from pipeline.models.tokenizers import RecordTokenizer
 from pipeline.signals.alignment import align
 from pipeline.signals.chunks import chunked
 from pipeline.signals.counts import counted
-from pipeline.signals.projection import at_temperature, meet, projected
+from pipeline.signals.projection import REST, at_temperature, meet, projected
 from pipeline.signals.records import Record, Segment, Tokens
 from pipeline.signals.targets import Targets, with_realised
+from pipeline.signals.vocabulary import same_vocabulary
 from tests.losses.test_alm import by_two_pointers
 from tests.models import real
 from tests.signals.dense import NASTY_TEXTS, targets_of
@@ -138,3 +139,18 @@ def made(method: str, one: str, other: str):
     a, b = real.tokenizer(one), real.tokenizer(other)
     given = {"teacher": a.vocabulary, "student": b.vocabulary, "encode": b.encode, "counts": counted([], len(a.vocabulary))}
     return find("projections", method)(*(given[name] for name in parameters("projections", method)[0]))
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs"), [(real.QWEN3, 151_936, 152_064), (real.QWEN3, 152_064, 151_936), (real.GEMMA, 262_144, 262_208), (real.GEMMA, 262_208, 262_144)])
+def test_heads_of_one_family_with_unlike_padding_are_identity(name: str, ours: int, theirs: int):
+    vocabulary = real.tokenizer(name).vocabulary
+    teacher, student = (replace(vocabulary, token_bytes=[*vocabulary.token_bytes, *[b""] * (size - len(vocabulary))], special=np.resize(vocabulary.special, size)) for size in (ours, theirs))
+    for padded in (teacher, student):
+        padded.special[len(vocabulary) :] = False
+    assert same_vocabulary(teacher, student)
+    student_id = find("projections", "identity")(teacher, student).student_id
+    assert len(student_id) == ours
+    both = min(ours, theirs)
+    assert student_id[:both].tolist() == list(range(both))
+    assert (student_id[both:] == REST).all()
+    assert not same_vocabulary(teacher, real.tokenizer(real.SMOLLM).vocabulary)

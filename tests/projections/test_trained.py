@@ -1,5 +1,6 @@
 """What is trained: `learned` and `low_rank`, against dense float64 references, and that they learn what there is to be learned."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,24 @@ def test_the_best_epoch_on_held_out_places_is_kept_and_training_is_the_same_each
     assert told["nats_after"] <= told["nats_before"]
     if told["nats_after"] == told["nats_before"]:
         assert all(torch.equal(value, before[name]) for name, value in worse.state_dict().items())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_training_goes_on_from_any_epoch_as_if_it_had_not_been_interrupted(which: int):
+    places, _ = world(300)
+    places = replace(places, teacher_id=places.teacher_id - which * places.before)  # the bottleneck does not see what is before
+    _, whole = layers()[which]
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    told = fit(whole, *halves(places), epochs=4, learning_rate=0.02, seed=0, after_epoch=lambda epoch, state: states.update({epoch: {name: value.clone() for name, value in state.items()}}))
+    assert sorted(states) == [1, 2, 3, 4]
+    for epoch, state in states.items():
+        _, layer = layers()[which]
+        assert fit(layer, *halves(places), epochs=4, learning_rate=0.02, seed=0, begun=state) == told
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in layer.state_dict().items()), epoch
+    _, layer = layers()[which]
+    without = {name: value for name, value in states[2].items() if not name.startswith("optimizer.")}
+    fit(layer, *halves(places), epochs=4, learning_rate=0.02, seed=0, begun=without)
+    assert not all(torch.equal(value, whole.state_dict()[name]) for name, value in layer.state_dict().items())  # control
 
 
 def test_what_is_held_out_is_not_trained_on():

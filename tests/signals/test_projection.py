@@ -432,10 +432,13 @@ def test_hidden_states_stay_with_their_positions():
     hidden = np.arange(6, dtype=np.int8).reshape(3, 2)
     with_states = replace(targets, hidden=hidden, hidden_scale=np.array([1, 2, 3], np.float32))
     found = put_tokens(TokenMap(np.array([REST, 1, REST, REST], np.int32)), tokens, tokens, with_states, 4)
-    assert found.hidden is not None
-    assert found.hidden[0].tolist() == hidden[found.row].tolist()
-    assert found.hidden[1].tolist() == (found.row + 1).tolist()
-    assert put_tokens(TokenMap(np.arange(4, dtype=np.int32)), tokens, tokens, targets, 4).hidden is None
+    assert found.states is not None
+    assert found.states.hidden.tolist() == hidden[found.row].tolist()
+    assert found.states.scale.tolist() == (found.row + 1).tolist()
+    kept, theirs = np.split(targets.ids, np.cumsum(targets.kept)[:-1]), np.split(found.states.ids, np.cumsum(found.states.kept)[:-1])
+    for row, ids in zip(found.row.tolist(), theirs, strict=True):
+        assert set(ids.tolist()) == {*kept[row].tolist(), int(tokens.ids[targets.position[row] + 1])}
+    assert put_tokens(TokenMap(np.arange(4, dtype=np.int32)), tokens, tokens, targets, 4).states is None
 
 
 @pytest.mark.parametrize("method", STATIC)

@@ -79,7 +79,20 @@ def test_kept_states_logits_placed_are_the_teacher_s_probabilities_by_the_map():
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     student_id = torch.tensor([0, 0, 3, REST, 4, 1])
     p = (logits / 2).softmax(-1)
-    found = placed_logits(logits, 2.0, student_id, 5).exp()
+    none = torch.zeros(0, dtype=torch.int64)
+    found = placed_logits(logits, (none, none), 2.0, student_id, 5).exp()
     torch.testing.assert_close(found[:, 0], p[:, 0] + p[:, 1])
     torch.testing.assert_close(found[:, 3], p[:, 2])
     assert float(found[:, 2].max()) < 1e-30
+
+
+def test_what_is_kept_has_no_part_in_how_the_rest_is_shared_out():
+    """Its mass may have gone elsewhere than the map says: to what the student reads in this text."""
+    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    student_id = torch.tensor([0, 0, 3, REST, 4, 1])
+    kept = (torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]), torch.tensor([1, 2, *range(6)]))
+    p = (logits / 2).softmax(-1)
+    found = placed_logits(logits, kept, 2.0, student_id, 5)
+    left = 1 - p[0, 1] - p[0, 2]
+    torch.testing.assert_close(found[0].exp(), torch.stack([p[0, 0], p[0, 5], torch.tensor(0.0), torch.tensor(0.0), p[0, 4]]) / left)
+    assert found[1].isfinite().all()  # nothing is left of the second row
