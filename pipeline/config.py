@@ -180,9 +180,30 @@ class Logits(Section):
         return min(self.min, self.keep)
 
 
+class Attention(Section):
+    layers: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Of the teacher, 0 is the first."""
+    matched: Positive | None = None
+    """Instead of layers: so many, spread evenly; those that see the whole text before those with a sliding window."""
+    keys: Annotated[int, Field(ge=1, le=255)] = 16
+    """At most so many keys are kept of a row."""
+    heads: Literal["mean", "each"] = "mean"
+    """Whether a layer has one row a position, the mean of its heads, or one for each head."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Attention":
+        if (self.layers is None) == (self.matched is None):
+            raise ValueError("give either layers or matched")
+        if self.layers is not None and sorted(set(self.layers)) != self.layers:
+            raise ValueError("layers must ascend, each once")
+        return self
+
+
 class Targets(Section):
     positions: Literal["answer", "all"] = "answer"
     logits: Logits = Logits()
+    attention: Attention | None = None
+    """Which attention weights are kept beside the logits; null: none."""
     text: Literal["keep", "omit"] = "keep"
     """omit: only digests of the records' text are stored (a student with another tokenizer then cannot be trained)."""
 
@@ -254,7 +275,7 @@ class Objective(Named):
         return self
 
     def needs_teacher(self) -> bool:
-        return any(self.takes(what) for what in ("teacher", "values", "chunks"))
+        return any(self.takes(what) for what in ("teacher", "values", "chunks", "attention"))
 
     def takes(self, what: str) -> bool:
         return what in parameters("losses", self.loss)[0]
@@ -297,6 +318,8 @@ class Training(Section):
             raise ValueError("give either steps or epochs")
         if not any(part.weight > 0 for part in self.objective):
             raise ValueError("every weight of the objective is 0")
+        if sum(part.takes("attention") for part in self.objective if part.weight > 0) > 1:
+            raise ValueError("only one loss of the objective can compare attention")
         return self
 
 
@@ -356,12 +379,23 @@ class Experiment(Section):
         taught = any(part.takes("teacher") or part.takes("values") for part in self.training.objective if part.weight > 0)
         if not logits.boundary and any(part.loss == "alm" and part.options().get("boundary") for part in self.training.objective if part.weight > 0):
             raise ConfigError("training.objective has alm with `boundary: true`, which needs `targets.logits.boundary: true`. Add that, or leave `boundary` out.")
+        for part in self.training.objective:
+            if part.weight > 0 and part.takes("attention"):
+                self._check_attention(part)
         if "hidden" in tails and logits.hidden is None:
             raise ConfigError("training.objective has `tail: hidden`, which needs `targets.logits.hidden: int8`. Add that, or take `tail: calibrated`.")
         if logits.method == "sampled" and "calibrated" in tails:
             raise ConfigError("training.objective has `tail: calibrated`, and with `targets.logits.method: sampled` there is no tail. Take `tail: rest`.")
         if logits.method == "sampled" and taught and max(self.training.temperature.start, self.training.temperature.end) > 1:
             raise ConfigError("training.temperature is above 1, and draws (`targets.logits.method: sampled`) are unbiased at 1 only. Set it to 1, or take `method: head`.")
+
+    def _check_attention(self, part: Objective) -> None:
+        kept = self.targets.attention
+        if kept is None:
+            raise ConfigError(f"training.objective has {part.loss}, which needs `targets.attention`. Add that, such as `attention: {{matched: 4}}`, or leave {part.loss} out.")
+        asked = [pair[0] for pair in part.options().get("layers") or [] if pair]
+        if kept.layers is not None and (missing := sorted(set(asked) - set(kept.layers))):
+            raise ConfigError(f"training.objective compares the teacher's layer {missing[0]}, and targets.attention.layers keeps {kept.layers}. Add it there, or compare another.")
 
     def without_teacher(self) -> "Experiment":
         """The SFT-only control: the teacher's share of the objective's weight goes to the other losses, all else is equal."""

@@ -13,7 +13,7 @@ STAGES = (
     Stage(
         name="cache-teacher",
         module="stages.cache_teacher",
-        version=5,
+        version=6,
         reads=("data", "teacher", "targets"),
         needs=("prepare-data",),
         several=True,

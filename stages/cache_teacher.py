@@ -16,10 +16,11 @@ from pipeline.cache.plan import planned_shards
 from pipeline.cache.reader import EXTRAS, Cache, read_prepared
 from pipeline.cache.schema import FORMAT, Logits
 from pipeline.cache.writer import Background, Shard, write_vocabulary
-from pipeline.config import Data, Machine, Targets, Teacher
+from pipeline.config import Attention, Data, Machine, Targets, Teacher
 from pipeline.config import Logits as LogitsSettings
 from pipeline.errors import InputError, Mismatch, NumericsError, PipelineError
 from pipeline.files import appears_whole, read_json, write_json
+from pipeline.models.attention import Capture, sees_everything
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher, numerics_of
 from pipeline.models.memory import PeakMemory
@@ -30,6 +31,7 @@ from pipeline.running.contents import Contents
 from pipeline.running.fingerprint import with_names
 from pipeline.running.folder import FinishedFolder, RunFolder
 from pipeline.running.runner import Inputs
+from pipeline.signals.attention import matched_layers
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.targets import Targets as Word
 from pipeline.signals.vocabulary import CLASSES, Vocabulary, first_byte_classes
@@ -57,7 +59,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
     made = {} if strict else out.made_elsewhere()
     out.plan("shards", len(shards))
     form = _form(wanted, len(vocabulary))
-    loaded = cache(partial(_loaded, source, teacher, wanted, machine, vocabulary))
+    loaded = cache(partial(_loaded, source, teacher, targets, machine, vocabulary))
     records = prepared.summary["train"] + prepared.summary["heldout"]
     progress = Progress("cache-teacher", total=len(shards), done=len(shards.keys() & out.names()), unit="shards")
 
@@ -91,7 +93,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                     _check_rejected(_with_others(rejected, out, shards), machine.max_rejected, records)
             examples = [(record, tokens, targets) for (record, tokens), targets in zip(asked, said, strict=True)]
             written = Shard(out.path, shard.number, examples, form, targets.text == "keep", tail.log_means(len(vocabulary)) if tail else None)
-            told = {"key": shard.key, "split": shard.split, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
+            told = {"key": shard.key, "split": shard.split, "attention": word.attention, "left_out": rendered.count(None), "rejected": rejected, "seconds": time.monotonic() - started}
             writing.do(partial(_commit, out, written, told | {"peak_memory_mb": word.memory.megabytes(), "numerics": word.numerics}, progress))
             started = time.monotonic()  # what waits for the writer counts for the next shard
     if wanted.hidden:
@@ -113,7 +115,8 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         "positions": targets.positions,
         "method": wanted.method,
         "temperatures": wanted.temperatures,
-        "extras": ["entropy", *(extra for extra in EXTRAS if extra in ("logsumexp", "boundary", "hidden") and getattr(wanted, extra))],
+        "extras": ["entropy", *(extra for extra in EXTRAS if getattr(wanted, extra, None) or (extra == "attention" and targets.attention))],
+        "attention": committed[0]["attention"],
         "vocabulary_size": len(vocabulary),
         "vocabulary": vocabulary.digest(),
         "rendering": tokenizer.digest(),
@@ -160,16 +163,25 @@ class _Loaded:
 
     head: RowLogits
     question: Question
+    capture: Capture | None
     memory: PeakMemory
     device: torch.device
     batch_records: int
     numerics: dict[str, Any]
 
+    @property
+    def attention(self) -> dict[str, Any] | None:
+        """What is kept of it: the layers, of how many, and how many rows a position has."""
+        if self.capture is None:
+            return None
+        text = self.head.model.config.get_text_config()
+        return {"layers": self.capture.layers, "of": text.num_hidden_layers, "heads": text.num_attention_heads if self.capture.each_head else 1}
+
     def of(self, tokens: list[Tokens], targets: Targets, tail: Tail | None, check: Callable[[], None]) -> list[Word]:
         """NumericsError, with the record's number and the position in `.args[1:]`, if its logits are not finite."""
         for last in (False, True):
             try:
-                return said_of(self.head, tokens, self.question, everywhere=targets.positions == "all", batch_records=self.batch_records, tail=tail, after_batch=check)
+                return said_of(self.head, tokens, self.question, everywhere=targets.positions == "all", batch_records=self.batch_records, tail=tail, capture=self.capture, after_batch=check)
             except torch.OutOfMemoryError:
                 if last:
                     raise InputError(
@@ -182,7 +194,8 @@ class _Loaded:
         raise AssertionError
 
 
-def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Machine, vocabulary: Vocabulary) -> _Loaded:
+def _loaded(source: str, teacher: Teacher, targets: Targets, machine: Machine, vocabulary: Vocabulary) -> _Loaded:
+    wanted = targets.logits
     device = device_named(machine.device)
     memory = PeakMemory(device)
     model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device)
@@ -198,7 +211,14 @@ def _loaded(source: str, teacher: Teacher, wanted: LogitsSettings, machine: Mach
         hidden=wanted.hidden is not None,
     )
     numerics = {**numerics_of(device), "dtype": teacher.dtype, "batch_records": machine.teacher_batch_records}
-    return _Loaded(head, question, memory, device, machine.teacher_batch_records, numerics)
+    return _Loaded(head, question, _capture(head, teacher.model, targets.attention), memory, device, machine.teacher_batch_records, numerics)
+
+
+def _capture(head: RowLogits, name: str, wanted: Attention | None) -> Capture | None:
+    if wanted is None:
+        return None
+    layers = wanted.layers or matched_layers(wanted.matched or 0, sees_everything(head.model))
+    return Capture(head.model, name, layers, wanted.keys, wanted.heads == "each")
 
 
 def _refuse_mixed(out: RunFolder, shards: Iterable[str], numerics: dict[str, Any]) -> None:
@@ -306,7 +326,7 @@ def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
     if content != finished.identity["sections"]["teacher"]["model"]["content"]:
         raise InputError(f"The teacher at {teacher.model} is not the one that {folder} was made with, so it cannot be asked again. Put that one there.")
     vocabulary = reader.vocabulary()
-    word = _loaded(Inputs({}, runs).model(teacher.model, teacher.revision), teacher, targets.logits, machine, vocabulary)
+    word = _loaded(Inputs({}, runs).model(teacher.model, teacher.revision), teacher, targets, machine, vocabulary)
     form = _form(targets.logits, len(vocabulary))
     wrong: dict[str, str] = {}
     for shard in np.random.default_rng(int(finished.root[-8:], 16)).permutation(len(reader.about["shards"]))[:count].tolist():

@@ -21,6 +21,7 @@ from pipeline.config import Machine, Student, Training
 from pipeline.errors import DamageError, InputError, NumericsError, Stopped
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
+from pipeline.models.attention import Attending
 from pipeline.models.heads import KeptHead, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
 from pipeline.models.memory import PeakMemory
@@ -30,13 +31,15 @@ from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.running.stopping import asked, one_by_one
+from pipeline.signals.attention import Attended, Cells, Matched, cells_of, head_groups, matched, proportional
 from pipeline.signals.chunks import chunked
+from pipeline.signals.records import Tokens
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.signals.vocabulary import begins_anew
 from pipeline.training.batches import Batch, made_ahead, make_batch
 from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.training.objective import loss_of, mass, parts
+from pipeline.training.objective import Part, loss_of, mass, parts
 from pipeline.training.schedules import learning_rate_at, value_at
 
 KEEP_CHECKPOINTS = 2
@@ -48,8 +51,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     objective = parts([(part.loss, part.weight, part.options(), part.tail) for part in training.objective])
     tails = {part.tail for part in objective}
     cached = inputs["cache-teacher"]
-    with_boundary = any(part.options.get("boundary") for part in objective if "chunks" in part.asks_for)
-    cache = Cache(cached.file, tuple(name for name, wanted in (("hidden", "hidden" in tails), ("boundary", with_boundary)) if wanted))
+    looks = next((part for part in objective if "attention" in part.asks_for), None)
+    extras = {"hidden": "hidden" in tails, "boundary": any(part.options.get("boundary") for part in objective if "chunks" in part.asks_for), "attention": looks is not None}
+    cache = Cache(cached.file, tuple(name for name, wanted in extras.items() if wanted))
     source = inputs.model(student.model, student.revision)
     tokenizer = load_tokenizer(source, student.revision, cache.about["template"], student.model)
     view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
@@ -76,6 +80,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
+    text = model.config.get_text_config()
+    pairs, groups = _compared_layers(cache.about["attention"], looks, text.num_hidden_layers, text.num_attention_heads) if looks else ([], 1)
+    attending = Attending(model, student.model, [ours for _, ours in pairs]) if pairs else None
     calibration = _calibration(cache, view.fitted.student_id, module.vocabulary_size, accelerator.device) if "calibrated" in tails else None
     teacher_head = KeptHead(cached.file("head.safetensors"), accelerator.device) if "hidden" in tails else None
     begins = torch.from_numpy(begins_anew(tokenizer.vocabulary))[: module.vocabulary_size]
@@ -90,9 +97,19 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             micro = rendered[begin_at : begin_at + machine.student_micro_batch_records]
             words = [view.projected(example, tokens) if with_targets else None for tokens, example in micro]
             chunks = [chunked(example.tokens, example.targets, tokens) for tokens, example in micro] if with_chunks else None
+            cells = [cells_of(example.tokens, tokens) for tokens, example in micro] if pairs else []
+            attention = [[_looked(example, tokens, layer, groups, cell) for (tokens, example), cell in zip(micro, cells, strict=True)] for layer, _ in pairs] if pairs else None
             weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
-            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks, begins))
+            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks, begins, attention, groups))
         return batches
+
+    def asked_of(batch: Batch) -> tuple[torch.Tensor, Attended | None]:
+        """The student's logits, and where it looked."""
+        if attending is None or batch.attention is None:
+            return module(batch.ids, batch.rows), None
+        attending.to(batch.attention)
+        logits = module(batch.ids, batch.rows)
+        return logits, Attended(len(batch.rows), list(zip(batch.attention, attending.masses(), strict=True)))
 
     def of_this_process(places: list[Place]) -> list[Example]:
         return [cache.example(place) for place in places[accelerator.process_index :: accelerator.num_processes]]
@@ -112,8 +129,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         total, loss = total_of(here), torch.zeros((), device=accelerator.device)
         for batch in here:
             with accelerator.autocast():
-                logits = module(batch.ids, batch.rows)
-            loss += loss_of([replace(part, tail="rest") for part in objective], batch, logits, total)[0]
+                logits, attended = asked_of(batch)
+            loss += loss_of([replace(part, tail="rest") for part in objective], batch, logits, total, attended=attended)[0]
         module.train()
         value = float(accelerator.reduce(loss, "sum"))
         if not math.isfinite(value):
@@ -134,12 +151,12 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         sums = torch.zeros(len(objective) + 2, device=accelerator.device)
         for batch in here:
             with accelerator.autocast():
-                logits = module(batch.ids, batch.rows)
+                logits, attended = asked_of(batch)
             log_tail = None
             if teacher_head and batch.states and batch.teacher:
                 states = batch.states
                 log_tail = placed_logits(teacher_head(states.hidden, states.scale), (states.row, states.id), batch.teacher.temperature, student_id, module.vocabulary_size)
-            loss, shares = loss_of(objective, batch, logits, total, calibration.log_ratio() if calibration else None, log_tail)
+            loss, shares = loss_of(objective, batch, logits, total, calibration.log_ratio() if calibration else None, log_tail, attended)
             if calibration and batch.teacher is not None:
                 calibration.add(logits[batch.known], batch.teacher)
             loss.backward()
@@ -296,6 +313,21 @@ def _sum_gradients(model: torch.nn.Module, accelerator: Accelerator) -> None:
 
 def _seed(seed: int, step: int, process: int) -> int:
     return int(hashlib.sha256(repr((seed, step, process)).encode()).hexdigest()[:15], 16)
+
+
+def _compared_layers(cached: dict[str, Any], looks: Part, student_layers: int, student_heads: int) -> tuple[list[tuple[int, int]], int]:
+    """The pairs of a teacher's and a student's layer, and into how many groups the heads go."""
+    given: Any = looks.options.get("layers")
+    pairs = [(layer, proportional(layer, cached["of"], student_layers)) for layer in cached["layers"]] if given is None else [(theirs, ours) for theirs, ours in given]
+    if missing := [theirs for theirs, _ in pairs if theirs not in cached["layers"]]:
+        raise InputError(f"training.objective compares the teacher's layer {missing[0]}, and this cache has {cached['layers']}. Compare one of these, or make a cache with that layer.")
+    return pairs, head_groups(str(looks.options.get("heads", "mean")), cached["heads"], student_heads)
+
+
+def _looked(example: Example, tokens: Tokens, layer: int, groups: int, cells: Cells) -> Matched:
+    """The teacher's rows of a record in the student's tokens."""
+    assert example.targets.attention is not None
+    return matched(example.targets.attention[layer], example.targets.position, example.tokens, tokens, groups, cells)
 
 
 def _calibration(cache: Cache, student_id: np.ndarray, student_size: int, device: torch.device) -> Calibration:

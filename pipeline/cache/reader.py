@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, boundary_column, hidden_schema, rest_column, tail_schema
+from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, attention_schema, boundary_column, hidden_schema, rest_column, tail_schema
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json
+from pipeline.signals.attention import Rows, decode_keys, decode_weight_rests, decode_weights, heads_of
 from pipeline.signals.codec import decode_ids, decode_logprobs, decode_rests, positions_of
 from pipeline.signals.records import Record, Segment, Tokens
 from pipeline.signals.targets import Targets
@@ -29,7 +30,9 @@ WIDTHS = {"INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
 ROWS_AT_ONCE = 256
 LARGEST = 2 << 30
 """Bytes of what is read at once, decompressed: hidden states of 65,536 positions at a size of 16,384 take 1 GiB."""
-EXTRAS = ("entropy", "logsumexp", "boundary", "hidden")
+EXTRAS = ("entropy", "logsumexp", "boundary", "hidden", "attention")
+ASKED_BY = {"hidden": "targets.logits.hidden: int8", "attention": "targets.attention: {matched: 4}"}
+"""The settings that bring those that are not simply switched on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Cache:
         self.temperatures: list[float] = [float(t) for t in self.about["temperatures"]]
         missing = [extra for extra in extras if extra not in self.about["extras"]]
         if missing:
-            raise InputError(f"This cache was made without {missing[0]}. Make it again with `targets.logits.{missing[0]}: {'int8' if missing[0] == 'hidden' else 'true'}`.")
+            raise InputError(f"This cache was made without {missing[0]}. Make it again with `{ASKED_BY.get(missing[0], f'targets.logits.{missing[0]}: true')}`.")
         self._open: OrderedDict[tuple[int, int], list[Example]] = OrderedDict()
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = Lock()
@@ -163,6 +166,11 @@ class Cache:
             if table["record"].to_pylist() != decoded.records or not len(elements) == len(scale) == len(decoded.position):
                 raise DamageError(f"{path} is not of the positions of its shard. Run `pipeline verify` on its folder.")
             decoded = replace(decoded, hidden=elements, hidden_scale=scale)
+        if "attention" in self._extras:
+            path = self._file(f"attention-{shard:05d}.parquet")
+            table = read_table(path, attention_schema(self.about["attention"]["layers"]), group)
+            with decoding(path):
+                decoded = replace(decoded, attention=decode_attention(table, decoded))
         return decoded
 
     def _order_of(self, shard: int) -> np.ndarray:
@@ -193,11 +201,13 @@ class Decoded:
     boundary: np.ndarray | None = None
     hidden: np.ndarray | None = None
     hidden_scale: np.ndarray | None = None
+    attention: dict[int, Rows] | None = None
 
     def split(self) -> Iterator[Targets]:
         """Record by record, without copying."""
         entry_ends = np.concatenate([[0], np.cumsum(self.kept, dtype=np.int64)])[self.ends]
-        for (a, b), (c, d) in zip(pairwise(self.ends.tolist()), pairwise(entry_ends.tolist()), strict=True):
+        attention = None if self.attention is None else {layer: rows.split((np.diff(self.ends) * heads_of(rows, self.position)).tolist()) for layer, rows in self.attention.items()}
+        for number, ((a, b), (c, d)) in enumerate(zip(pairwise(self.ends.tolist()), pairwise(entry_ends.tolist()), strict=True)):
             yield Targets(
                 position=self.position[a:b],
                 kept=self.kept[a:b],
@@ -206,7 +216,8 @@ class Decoded:
                 rests=self.rests[:, a:b],
                 realised_logprob=self.realised_logprob[a:b],
                 counts=None if self.counts is None else self.counts[c:d],
-                **{name: None if (values := getattr(self, name)) is None else values[a:b] for name in (*EXTRAS, "hidden_scale")},
+                attention=None if attention is None else {layer: rows[number] for layer, rows in attention.items()},
+                **{name: None if (values := getattr(self, name)) is None else values[a:b] for name in ("entropy", "logsumexp", "boundary", "hidden", "hidden_scale")},
             )
 
 
@@ -224,7 +235,7 @@ def decode(table: pa.Table, form: Logits, order: np.ndarray) -> Decoded:
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[_offsets(table["positions"])]
     if not np.array_equal(ends, _offsets(table["kept"])):
         raise ValueError("its records' positions are not as many as it says")
-    optional: dict[str, np.ndarray] = {name: _values(table[name]).astype(np.float32) for name in ("entropy", "logsumexp") if name in table.column_names}
+    optional: dict[str, Any] = {name: _values(table[name]).astype(np.float32) for name in ("entropy", "logsumexp") if name in table.column_names}
     if form.boundary and boundary_column(0) in table.column_names:
         optional["boundary"] = np.stack([_values(table[boundary_column(i)]) for i in range(len(CLASSES))], 1).astype(np.float32)
     realised = _values(table["realised_logprob"])
@@ -242,6 +253,22 @@ def decode(table: pa.Table, form: Logits, order: np.ndarray) -> Decoded:
         counts=codes if form.method == "sampled" else None,
         **optional,
     )
+
+
+def decode_attention(table: pa.Table, decoded: Decoded) -> dict[int, Rows]:
+    """By layer. ValueError or IndexError if the rows are not of these positions."""
+    if table["record"].to_pylist() != decoded.records:
+        raise ValueError("it is not of the records of its shard")
+    found = {}
+    for layer in sorted(int(name.removeprefix("kept_")) for name in table.column_names if name.startswith("kept_")):
+        kept, gaps, codes, rest = (_values(table[f"{name}_{layer}"]) for name in ("kept", "key_gap", "weight_code", "rest"))
+        heads = len(rest) // max(len(decoded.position), 1)
+        if not len(kept) == len(rest) == heads * len(decoded.position) or not len(gaps) == len(codes) == kept.sum(dtype=np.int64):
+            raise ValueError("its columns are not of the same length")
+        if not np.array_equal(_offsets(table[f"rest_{layer}"]), decoded.ends * heads):
+            raise ValueError("its rows are not of the positions of its shard")
+        found[layer] = Rows(kept, decode_keys(gaps, kept, np.repeat(decoded.position, heads)), decode_weights(codes), decode_weight_rests(rest))
+    return found
 
 
 def read_prepared(path: Path, group: int) -> list[Record]:

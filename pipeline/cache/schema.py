@@ -124,6 +124,11 @@ def hidden_schema(size: int) -> pa.Schema:
     return pa.schema([("record", pa.string()), ("state", pa.list_(pa.binary(size))), ("scale", pa.list_(pa.float32()))])
 
 
+def attention_schema(layers: Sequence[int]) -> pa.Schema:
+    kinds = {"kept": pa.uint8(), "key_gap": pa.int32(), "weight_code": pa.uint8(), "rest": pa.uint16()}
+    return pa.schema([("record", pa.string()), *((f"{name}_{layer}", pa.list_(kind)) for layer in layers for name, kind in kinds.items())])
+
+
 def tail_schema(temperatures: list[float]) -> pa.Schema:
     return pa.schema([(f"mean_{temperature:g}", pa.int16()) for temperature in temperatures])
 

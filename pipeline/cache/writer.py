@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache.digest import rows_digest
-from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, boundary_column, groups, hidden_schema, rest_column, tail_schema
+from pipeline.cache.schema import FORMAT, PREPARED, RANKS, RECORDS, VOCABULARY, Logits, attention_schema, boundary_column, groups, hidden_schema, rest_column, tail_schema
 from pipeline.files import appears_whole
+from pipeline.signals.attention import Rows, encode_keys, encode_weight_rests, encode_weights, heads_of
 from pipeline.signals.codec import encode_ids, encode_logprobs, encode_rests, ranks, spans
 from pipeline.signals.records import Record, Tokens
 from pipeline.signals.targets import Targets
@@ -77,6 +78,8 @@ class Shard:
             offsets = pa.array(np.cumsum([0, *map(len, states)]), pa.int32())
             columns = [ids, pa.ListArray.from_arrays(offsets, elements), lists_of([t.hidden_scale for t in targets], pa.float32())]
             contents["hidden"] = (pa.table(columns, hidden_schema(size)), {}, groups)
+        if targets and targets[0].attention is not None:
+            contents["attention"] = (attention_table(ids, targets), {}, groups)
         if self.tail is not None:
             means, positions = self.tail
             about = {key: self.form.metadata()[key] for key in ("rest_step", "no_rest")} | {"positions": str(positions)}
@@ -116,6 +119,22 @@ def logits_table(ids: pa.Array, targets: list[Targets], form: Logits) -> tuple[p
         columns[boundary_column(i)] = lists_of([t.boundary[:, i] for t in targets if t.boundary is not None], pa.float16())
     schema = form.schema()
     return pa.table({name: columns[name] for name in schema.names}, schema), order
+
+
+def attention_table(ids: pa.Array, targets: list[Targets]) -> pa.Table:
+    """The rows of an attention file: of each layer the kept keys, their weights, and the weight of all others."""
+    columns: dict[str, Any] = {"record": ids}
+    layers = sorted(targets[0].attention or ())
+    for layer in layers:
+        parts = [t.attention[layer] for t in targets if t.attention is not None]
+        rows = Rows.joined(parts)
+        query = np.concatenate([np.repeat(t.position, heads_of(part, t.position)) for t, part in zip(targets, parts, strict=True)])
+        entries = [len(part.key) for part in parts]
+        columns[f"kept_{layer}"] = lists_of([part.kept for part in parts], pa.uint8())
+        columns[f"key_gap_{layer}"] = _list(encode_keys(rows.key, rows.kept, query), entries, pa.int32())
+        columns[f"weight_code_{layer}"] = _list(encode_weights(rows.weight), entries, pa.uint8())
+        columns[f"rest_{layer}"] = lists_of([encode_weight_rests(part.rest) for part in parts], pa.uint16())
+    return pa.table(columns, attention_schema(layers))
 
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary) -> None:

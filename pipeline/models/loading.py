@@ -65,7 +65,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int], name: str) -> PreTrai
     if getattr(text, "layer_types", None):
         inner.layer_types = [text.layer_types[layer] for layer in layers]
     smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
-    blocks, new_blocks = _decoder_layers(model, name), _decoder_layers(smaller, name)
+    blocks, new_blocks = decoder_layers(model, name), decoder_layers(smaller, name)
     for new, old in enumerate(layers):
         new_blocks[new].load_state_dict(blocks[old].state_dict())
     prefix = next(key for key, module in model.named_modules() if module is blocks) + "."
@@ -77,7 +77,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int], name: str) -> PreTrai
     return smaller
 
 
-def _decoder_layers(model: PreTrainedModel, name: str) -> torch.nn.ModuleList:
+def decoder_layers(model: PreTrainedModel, name: str) -> torch.nn.ModuleList:
     count = model.config.get_text_config().num_hidden_layers
     found = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     if len(found) != 1:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import NumericsError
+from pipeline.models.attention import Capture
 from pipeline.models.heads import RowLogits
+from pipeline.signals.attention import Rows, heads_of
 from pipeline.signals.codec import encode_hidden
 from pipeline.signals.records import Tokens
 from pipeline.signals.selection import Kept, class_masses, concatenated, drawn, strongest, tail_sums, workspace
@@ -75,15 +77,16 @@ def said_of(
     everywhere: bool,
     batch_records: int,
     tail: Tail | None = None,
+    capture: Capture | None = None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> list[Targets]:
-    """The teacher's targets for each record, at its answer positions or everywhere.
+    """The teacher's targets for each record, at its answer positions or everywhere. capture: what looks at its attention.
 
     NumericsError if the teacher's logits are not finite, with the record's number and the position in `.args[1:]`.
     """
     order: list[int] = []
     positions: list[np.ndarray] = []
-    answers = _Answers(teacher, question, tail)
+    answers = _Answers(teacher, question, tail, capture)
     try:
         for batch in _batches(records, batch_records):
             where = [np.arange(len(records[i]) - 1, dtype=np.int32) if everywhere else records[i].answer_positions() for i in batch]
@@ -125,8 +128,8 @@ def _bucket(length: int) -> int:
 class _Answers:
     """The body batch by batch, the head on full chunks of positions whichever batch they are of."""
 
-    def __init__(self, teacher: RowLogits, question: Question, tail: Tail | None) -> None:
-        self._teacher, self._question, self._tail = teacher, question, tail
+    def __init__(self, teacher: RowLogits, question: Question, tail: Tail | None, capture: Capture | None) -> None:
+        self._teacher, self._question, self._tail, self._capture = teacher, question, tail, capture
         self._device = next(teacher.parameters()).device
         self._chunk = positions_at_once(teacher.vocabulary_size)
         self._logits = teacher.space(self._chunk)
@@ -135,6 +138,7 @@ class _Answers:
         self._kept: list[Kept] = []
         self._masses: list[Tensor] = []
         self._states: list[Tensor] = []
+        self._attention: list[dict[int, Rows]] = []
         self._done = 0
 
     @torch.inference_mode()
@@ -146,7 +150,11 @@ class _Answers:
         rows = np.concatenate([row * width + where for row, where in enumerate(positions)]).astype(np.int64)
         follows = np.concatenate([tokens.ids[where + 1] for tokens, where in zip(records, positions, strict=True)]).astype(np.int64)
         draws = np.concatenate([_uniform(tokens, where, self._question.draws) for tokens, where in zip(records, positions, strict=True)])
+        if self._capture is not None:
+            self._capture.rows(rows)
         states = self._teacher.hidden(torch.from_numpy(ids).to(self._device))
+        if self._capture is not None:
+            self._attention.append(self._capture.taken())
         self._waiting.append((states[torch.from_numpy(rows).to(self._device)], torch.from_numpy(follows).to(self._device), torch.from_numpy(draws)))
         hidden, realised, uniform = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         whole = len(hidden) // self._chunk * self._chunk
@@ -187,18 +195,20 @@ class _Answers:
         if self._kept:
             boundary = torch.cat(self._masses).cpu().numpy() if self._masses else None
             states = torch.cat(self._states).cpu().numpy() if self._states else None
-            yield from shared_out(concatenated(self._kept), positions, boundary, states)
+            attention = {layer: Rows.joined([batch[layer] for batch in self._attention]) for layer in (self._attention[0] if self._attention else {})}
+            yield from shared_out(concatenated(self._kept), positions, boundary, states, attention or None)
 
 
-def shared_out(kept: Kept, positions: list[np.ndarray], boundary: np.ndarray | None = None, states: np.ndarray | None = None) -> Iterator[Targets]:
-    """What is kept of all positions, record by record. positions: those of each record; boundary: [N, CLASSES]; states: [N, H]."""
+def shared_out(kept: Kept, positions: list[np.ndarray], boundary: np.ndarray | None = None, states: np.ndarray | None = None, attention: dict[int, Rows] | None = None) -> Iterator[Targets]:
+    """What is kept of all positions, record by record. positions: those of each record; boundary: [N, CLASSES]; states: [N, H]; attention: by layer."""
     counts, ids, logprobs = (values.cpu().numpy() for values in (kept.kept, kept.ids, kept.logprobs))
     rests, realised, entropy, logsumexp = (values.float().cpu().numpy() for values in (kept.rests, kept.realised_logprob, kept.entropy, kept.logsumexp))
     draws = None if kept.counts is None else kept.counts.cpu().numpy().astype(np.uint8)
     hidden, scale = (None, None) if states is None else encode_hidden(states)
     ends = np.concatenate([[0], np.cumsum(counts)])
     first = 0
-    for where in positions:
+    looked = {layer: rows.split([len(where) * heads_of(rows, counts) for where in positions]) for layer, rows in (attention or {}).items()}
+    for number, where in enumerate(positions):
         here = slice(first, first + len(where))
         entries = slice(ends[first], ends[first + len(where)])
         yield Targets(
@@ -214,6 +224,7 @@ def shared_out(kept: Kept, positions: list[np.ndarray], boundary: np.ndarray | N
             boundary=None if boundary is None else boundary[here],
             hidden=None if hidden is None else hidden[here],
             hidden_scale=None if scale is None else scale[here],
+            attention=None if attention is None else {layer: rows[number] for layer, rows in looked.items()},
         )
         first += len(where)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.signals.attention import Rows
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -24,6 +26,7 @@ class Targets:
     boundary: np.ndarray | None = None  # float32 [P, CLASSES] log mass of the classes of the next token's first byte
     hidden: np.ndarray | None = None  # int8 [P, H] the last hidden state, in units of hidden_scale
     hidden_scale: np.ndarray | None = None  # float32 [P]
+    attention: dict[int, Rows] | None = None  # by layer, a row for each position (and head)
 
 
 def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperature: float) -> np.ndarray:

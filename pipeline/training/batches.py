@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.signals.attention import AttentionTarget, Matched, attention_target
 from pipeline.signals.chunks import Chunked, Chunks, joined
 from pipeline.signals.projection import Projected, SparseTarget, States, at_temperature
 from pipeline.signals.records import Tokens
@@ -29,13 +30,15 @@ class Batch:
     teacher: SparseTarget | None  # [M, C]; None if there is none
     states: "TeacherStates | None"  # if they were read
     chunks: Chunks | None
+    attention: list[AttentionTarget] | None  # one for each layer that is compared
     tokens: int
     """Without padding."""
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights")}
         others = {name: value.to(device) for name in ("teacher", "states", "chunks") if (value := getattr(self, name)) is not None}
-        return replace(self, **moved, **others)
+        attention = None if self.attention is None else [target.to(device) for target in self.attention]
+        return replace(self, **moved, **others, attention=attention)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,13 @@ def make_batch(
     temperature: float,
     chunks: list[Chunked] | None = None,
     begins_anew: Tensor | None = None,
+    attention: list[list[Matched]] | None = None,
+    groups: int = 1,
 ) -> Batch:
-    """One batch; `projected` is None for records without a teacher's word, `chunks` where none are asked for. stored: the cache's temperatures; begins_anew: see Chunks."""
+    """One batch; `projected` is None for records without a teacher's word, `chunks` and `attention` where none are asked for.
+
+    stored: the cache's temperatures; begins_anew: see Chunks. attention: for each layer all records' rows, of so many groups of heads.
+    """
     width = -(-max(len(tokens) for tokens in records) // 8) * 8
     ids = np.zeros((len(records), width), dtype=np.int64)
     rows, realised, known, record_of = [], [], [], []
@@ -95,6 +103,7 @@ def make_batch(
         teacher=at_temperature(words, stored, temperature) if words else None,
         states=TeacherStates.joined([word.states for word in words if word.states]) if words and words[0].states else None,
         chunks=None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records], begins_anew),
+        attention=None if attention is None else [attention_target(layer, [tokens.answer_positions() for tokens in records], width, groups) for layer in attention],
         tokens=sum(len(tokens) for tokens in records),
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.lookup import find, parameters
+from pipeline.signals.attention import Attended
 from pipeline.training.batches import Batch
 
 
@@ -15,7 +16,8 @@ from pipeline.training.batches import Batch
 class Part:
     """A loss under the name it is logged with, its weight, and what it asks for by its parameters' names.
 
-    student: logits; teacher: the target; values: the same, whatever its tokens are; realised: the tokens that follow; chunks.
+    student: logits; teacher: the target; values: the same, whatever its tokens are; realised: the tokens that follow; chunks;
+    attention: where both look.
     """
 
     name: str
@@ -28,7 +30,7 @@ class Part:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.where_known or "chunks" in self.asks_for
+        return self.where_known or "chunks" in self.asks_for or "attention" in self.asks_for
 
     @property
     def where_known(self) -> bool:
@@ -52,14 +54,17 @@ def mass(batch: Batch) -> Tensor:
     return torch.stack([batch.weights.double().sum(), batch.known_weights.double().sum()])
 
 
-def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(
+    objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None, attended: Attended | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """This batch's share of the step's loss (a sum over batches gives the whole), and each part's share without its weight.
 
     logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices. log_ratio and log_tail
-    say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget).
+    say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget). attended:
+    for the part that compares attention.
     """
     shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
-    everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
+    everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks, "attention": attended}
     where_known: dict[str, Any] = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher, "values": batch.teacher}
     shares: dict[str, Tensor] = {}
     whole = logits[:0].float().sum()  # 0, but of the graph: a batch without any word of the teacher can be gone back through

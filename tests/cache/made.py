@@ -13,6 +13,7 @@ from pipeline.signals.records import ANSWER, CONTENT, END, TEMPLATE, Record, Seg
 from pipeline.signals.targets import Targets
 from pipeline.signals.vocabulary import CLASSES, Vocabulary
 from tests.signals.dense import log_softmax, log_sum, targets_of
+from tests.signals.test_attention import some_rows
 
 SIZE = 90
 HIDDEN = 6
@@ -28,7 +29,7 @@ def form(**more) -> Logits:
     return Logits.of(method, more.pop("temperatures", TEMPERATURES), (0.02, 0.5), 0.02, 2, DRAWS if method == "sampled" else 12, SIZE, **more)
 
 
-def example(number: int, split: str = "train", turns: int | None = None, form: Logits | None = None, hidden: bool = False) -> tuple[Record, Tokens, Targets]:
+def example(number: int, split: str = "train", turns: int | None = None, form: Logits | None = None, hidden: bool = False, heads: int = 0) -> tuple[Record, Tokens, Targets]:
     """A record of several turns, so that its answers' positions are several spans; what is said of it is nasty here and there."""
     form = form or globals()["form"]()
     rng = np.random.default_rng(number)
@@ -46,7 +47,9 @@ def example(number: int, split: str = "train", turns: int | None = None, form: L
         record = replace(record, options=("a", "b"), answer_index=1)
     start, end = np.array(spans, np.int32).T
     tokens = Tokens(rng.integers(1, SIZE - 1, len(kind)).astype(np.int32), start, end, np.array(kind, np.uint8), rng.integers(0, 2**40, len(kind)))
-    return record, tokens, said(tokens, rng, form, hidden)
+    targets = said(tokens, rng, form, hidden)
+    attention = {layer: some_rows(targets.position, heads, number + layer) for layer in (2, 5)} if heads else None
+    return record, tokens, replace(targets, attention=attention)
 
 
 def said(tokens: Tokens, rng: np.random.Generator, form: Logits, hidden: bool) -> Targets:
@@ -91,7 +94,8 @@ def write(folder: Path, shards: list[Examples], form: Logits, keep_text: bool = 
         "format": FORMAT,
         "text": "keep" if keep_text else "omit",
         "temperatures": form.temperatures,
-        "extras": ["entropy", *(["logsumexp"] if form.logsumexp else []), *(["boundary"] if form.boundary else []), *(["hidden"] if hidden else [])],
+        "attention": {"layers": [2, 5]},
+        "extras": ["entropy", "attention", *(["logsumexp"] if form.logsumexp else []), *(["boundary"] if form.boundary else []), *(["hidden"] if hidden else [])],
         "vocabulary_size": SIZE,
         "vocabulary": VOCABULARY.digest(),
         "end_ids": list(VOCABULARY.end_ids),
