@@ -5,7 +5,7 @@
     python benchmarks/attention.py train   MODEL [--lengths 512,1024,2048] [--layers 4]
 
 capture: one forward of the body without, with the strongest 16 keys of every second half's rows, and of every row; beside it the
-same model's eager attention that gives all maps. Peak memory is what the forward takes beyond what was there before it.
+same model's eager attention that gives all maps. Peak memory is what it takes beyond what was there before, each in a process of its own.
 storage: 4, 8, 16, 32 keys of the answers' rows as they lie in a shard: bytes a position and layer, the weight they keep, and the
 distance of what is read back from the whole row (root of the summed squares over kept keys and rest).
 train: forward, cross entropy on the second half's rows, backward and AdamW of the student, without and with attention_match.
@@ -14,6 +14,8 @@ train: forward, cross entropy on the second half's rows, backward and AdamW of t
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,8 +52,10 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,1024,2048")
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    print(json.dumps({"capture": capture, "storage": storage, "train": train}[given.what](given), indent=1))
+    found = {"capture": capture, "storage": storage, "train": train}[given.what](given)
+    print(json.dumps(found, indent=1))
 
 
 def capture(given: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def capture(given: argparse.Namespace) -> dict[str, Any]:
         "eager, all maps": lambda: eager.model.base_model(input_ids=ids, use_cache=False, output_attentions=True),
     }
     with torch.inference_mode():
-        return _beside(runs, given.rounds, device) | {"layers": capturing.layers, "tokens": given.length}
+        return {f"{given.length} tokens": _beside(runs, given.rounds, device, given.length, given.memory)}
 
 
 def storage(given: argparse.Namespace) -> dict[str, Any]:
@@ -136,8 +140,8 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
 
             return run
 
-        found[f"{length} tokens"] = _beside({"without": step(False), "with": step(True)}, given.rounds, device)
-    return found | {"layers": layers}
+        found[f"{length} tokens"] = _beside({"without": step(False), "with": step(True)}, given.rounds, device, length, given.memory)
+    return found
 
 
 def _teacher(given: argparse.Namespace, device: torch.device, keys: int = KEYS) -> tuple[RowLogits, Capture]:
@@ -182,27 +186,30 @@ def _some_target(draw: np.random.Generator, length: int) -> Any:
     return attention_target([record], [position.astype(np.int32)], length, 1)
 
 
-def _beside(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds, MB beyond what was there, and both against the first of `runs`."""
+def _beside(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device, length: int, only: str | None) -> dict[str, Any]:
+    """Seconds, how many times those of the first of `runs`, pair by pair, and MB; of `only` one of them the MB of one run."""
+    if only:
+        memory = PeakMemory(device)
+        before = memory.megabytes()
+        runs[only]()
+        return {"megabytes": memory.megabytes() - before}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    megabytes: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
-            memory = PeakMemory(device)
-            before = memory.megabytes()
             begun = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:  # the first warms up
                 seconds[name].append(time.perf_counter() - begun)
-                megabytes[name].append(memory.megabytes() - before)
     first = next(iter(runs))
     found: dict[str, Any] = {}
     for name in runs:
-        ratios = sorted(ours / theirs for ours, theirs in zip(seconds[name], seconds[first], strict=True))
-        found[name] = {"seconds": round(statistics.median(seconds[name]), 3), "megabytes": round(statistics.median(megabytes[name]), 1)}
+        command = [sys.executable, *sys.argv, "--memory", name, "--length", str(length), "--lengths", str(length)]
+        alone = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)[f"{length} tokens"]
+        found[name] = {"seconds": round(statistics.median(seconds[name]), 3), "megabytes": round(alone["megabytes"], 1)}
         if name != first:
+            ratios = sorted(ours / theirs for ours, theirs in zip(seconds[name], seconds[first], strict=True))
             found[name] |= {
                 "times": [round(ratio, 3) for ratio in (ratios[0], statistics.median(ratios), ratios[-1])],
                 "more_megabytes": round(found[name]["megabytes"] - found[first]["megabytes"], 1),

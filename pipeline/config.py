@@ -6,13 +6,14 @@ result, and is in no fingerprint. Three keys always name something outside the Y
 `path` (files or a glob), `model` (a model folder or a hub id) and `tokenizer` (the tokenizer's files of such a model).
 """
 
+import json
 import re
 from math import exp, isfinite, log
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.lookup import nearest, option_types, parameters
@@ -69,9 +70,14 @@ class Named(BaseModel):
         for key, required in known.items():
             if required and key not in self.options():
                 raise ValueError(f"{name} needs the option '{key}'")
+        try:
+            types = option_types(self.kind, name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         for key, value in self.options().items():
             try:
-                TypeAdapter(option_types(self.kind, name)[key]).validate_python(value, strict=True)
+                # as JSON, which has no tuples: a list is one; and 1 for a float is 1.0, so that both are the same setting
+                (self.model_extra or {})[key] = types[key].dump_python(types[key].validate_json(json.dumps(value), strict=True), mode="json")
             except ValidationError as error:
                 raise ValueError(f"{key}: {_lower(error.errors()[0]['msg'])} (it is {value!r})") from None
 
@@ -384,8 +390,8 @@ class Experiment(Section):
                 self._check_attention(part)
         if "hidden" in tails and logits.hidden is None:
             raise ConfigError("training.objective has `tail: hidden`, which needs `targets.logits.hidden: int8`. Add that, or take `tail: calibrated`.")
-        if logits.method == "sampled" and "calibrated" in tails:
-            raise ConfigError("training.objective has `tail: calibrated`, and with `targets.logits.method: sampled` there is no tail. Take `tail: rest`.")
+        if logits.method == "sampled" and (shaped := sorted(tails - {"rest"})):
+            raise ConfigError(f"training.objective has `tail: {shaped[0]}`, and with `targets.logits.method: sampled` there is no tail. Take `tail: rest`.")
         if logits.method == "sampled" and taught and max(self.training.temperature.start, self.training.temperature.end) > 1:
             raise ConfigError("training.temperature is above 1, and draws (`targets.logits.method: sampled`) are unbiased at 1 only. Set it to 1, or take `method: head`.")
 

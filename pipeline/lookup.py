@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipeline import options as types
 from pipeline.errors import ConfigError
 
@@ -40,15 +42,16 @@ def parameters(kind: str, name: str) -> tuple[tuple[str, ...], dict[str, bool]]:
 
 
 @cache
-def option_types(kind: str, name: str) -> dict[str, Any]:
-    """What its options are annotated with: plain types, and those of pipeline/options.py."""
+def option_types(kind: str, name: str) -> dict[str, TypeAdapter[Any]]:
+    """What its options are annotated with: plain types, and those of pipeline/options.py; anything where nothing is said."""
     found = {}
     for argument in _signature(kind, name).kwonlyargs:
-        written = ast.unparse(argument.annotation) if argument.annotation else "None"
+        written = ast.unparse(argument.annotation) if argument.annotation else "Any"
         try:
-            found[argument.arg] = eval(written, dict(vars(types)))
-        except NameError as error:
-            raise ConfigError(f"pipeline/{kind}/{name}.py: {argument.arg} is annotated with {written}, and {error.name} is no type of an option; see pipeline/options.py.") from None
+            found[argument.arg] = TypeAdapter[Any](eval(written, dict(vars(types))))  # our own source
+        except Exception as error:  # whatever an annotation can be that no value in a YAML could have
+            why = " ".join(str(error).split())[:200]
+            raise ConfigError(f"pipeline/{kind}/{name}.py: {argument.arg} is annotated with {written}, which is no type of an option ({why}). See pipeline/options.py.") from None
     return found
 
 

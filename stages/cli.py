@@ -184,6 +184,8 @@ def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | No
             mendable = found.damaged or found.untrusted.keys() - {"manifest.json"}
             fine = f"{wrong} {'file is' if wrong == 1 else 'files are'} not as {'written' if mendable else 'expected'}.{away if mendable else ''}"
         click.echo(fine)
+        if found.left_behind:
+            click.echo(f"{len(found.left_behind)} files that may be left behind are not here, {min(found.left_behind)} for one.")
         if (folder / "manifest.json").exists() and not found.damaged:
             click.echo(FinishedFolder(folder).root)
     if found.exit_status:
@@ -193,13 +195,22 @@ def verify(runs: Path, folder: Path, fast: bool, deep: bool, recompute: int | No
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--record", metavar="ID", help="Show one record's targets, each position's strongest token first.")
-@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also draw a cache's kept mass and bytes by column into this file.")
+@click.option("--attention", metavar="LAYER,QUERY", help="Of that record, the strongest keys of the row at position QUERY. LAYER alone, with --png: all rows.")
+@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw a cache's kept mass and bytes by column, or a record's attention, into this file.")
+@click.option("--student", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER", help="With --attention and --png: a finished student, to be drawn beside the teacher.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
-def inspect(folder: Path, record: str | None, png: Path | None, as_json: bool) -> None:
-    """What is in a finished folder; of a cache: kept tokens, kept mass, bytes by column, or one record's targets."""
+def inspect(folder: Path, record: str | None, attention: str | None, png: Path | None, student: Path | None, as_json: bool) -> None:
+    """What is in a finished folder; of a cache: kept tokens, kept mass, bytes by column, or one record's targets or attention."""
     finished = _finished(folder)
+    if attention is not None:
+        if record is None:
+            raise InputError("--attention shows where the teacher looks in one record: name it with --record.")
+        click.echo(_attention(folder, record, attention, png, student, as_json))
+        return
+    if student is not None:
+        raise InputError("--student is drawn beside the teacher's attention: give --record, --attention and --png, too.")
     if record is not None and png is not None:
-        raise InputError("--png draws a whole cache, not one record: leave out --png or --record.")
+        raise InputError("--png draws a whole cache, or with --attention one record: leave out --png or --record.")
     inspection = importlib.import_module("pipeline.reporting.inspection")
     if record is not None:
         shown = inspection.record(folder, record)
@@ -212,6 +223,19 @@ def inspect(folder: Path, record: str | None, png: Path | None, as_json: bool) -
     else:
         shown = finished.summary
         click.echo(json.dumps(shown) if as_json else inspection.as_text(shown))
+
+
+def _attention(folder: Path, record: str, attention: str, png: Path | None, student: Path | None, as_json: bool) -> str:
+    layer, comma, query = attention.partition(",")
+    if not layer.isdigit() or (comma and not query.isdigit()) or not (comma or png) or (student and not png):
+        raise InputError("Give --attention as LAYER,QUERY, such as 11,40; or as LAYER with --png FILE, and with --student FOLDER if you like.")
+    reporting = importlib.import_module("pipeline.reporting.inspection_attention")
+    if png:
+        reporting.draw(png, reporting.sides(folder, record, int(layer), student), record)
+    if not comma:
+        return json.dumps({"png": str(png)}) if as_json else str(png)
+    shown = reporting.row(folder, record, int(layer), int(query))
+    return json.dumps(shown) if as_json else str(reporting.as_text(shown))
 
 
 @main.command("inspect-projection")

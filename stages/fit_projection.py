@@ -50,6 +50,8 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
             "This cache was made with `targets.text: omit`, so a student with another tokenizer cannot read its records. "
             "Choose a student with the teacher's tokenizer, or make the cache with `text: keep`."
         )
+    names = [] if method == "identity" else [f"{shard:05d}" for shard in range(len(cache.about["shards"]))]
+    out.plan("shards", len(names))
     asks_for = parameters("projections", method)[0]
     given: dict[str, Any] = {"teacher": teacher, "student": student.vocabulary, "encode": student.encode}
     if "counts" in asks_for:
@@ -64,8 +66,8 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
     def trained(layer: Layer, **how: Any) -> None:
         """Train, or take what was trained before."""
         for _ in out.pieces([WEIGHTS], keys={WEIGHTS: out.path.name}):
-            done = [name for name in out.committed() if name.startswith("epoch-")]
-            progress = Progress("fit-projection", total=how["epochs"], done=len(done), unit="epochs at most")
+            done = [name for name in out.committed() if name.startswith("epoch-") and _is_of_this_run(out, name)]
+            progress = Progress("fit-projection", total=how["epochs"], done=int(done[-1].removeprefix("epoch-")) if done else 0, unit="epochs at most")
             places, held_out = (_places(cache, student, held_out=which) for which in (False, True))
 
             def after_epoch(epoch: int, state: dict[str, Tensor], progress: Progress = progress, count: int = len(places.kept)) -> None:
@@ -73,7 +75,7 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
                 name = f"epoch-{epoch:04d}"
                 with appears_whole(_checkpoint(out, name)) as temporary:
                     save_file(state, temporary)
-                out.commit(name, {_checkpoint(out, name).relative_to(out.path).as_posix(): {}})
+                out.commit(name, {_checkpoint(out, name).relative_to(out.path).as_posix(): {}}, run=out.path.name)
                 for old in out.names():
                     if old.startswith("epoch-") and old < name:
                         out.withdraw(old)
@@ -101,8 +103,6 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
         summary |= {key: value for key, value in out.info(WEIGHTS).items() if key != "key"}
     if method == "identity":
         return summary
-    names = [f"{shard:05d}" for shard in range(len(cache.about["shards"]))]
-    out.plan("shards", len(names))
     progress = Progress("fit-projection", total=len(names), done=len(set(names) & set(out.names())), unit="shards")
     for name in out.pieces(names, keys=dict.fromkeys(names, key)):
         meetings: list[Meeting | None] = []
@@ -139,6 +139,14 @@ def run(student_tokenizer: TokenizerSource, projection: Projection, inputs: Inpu
             + (f" The student's tokenizer does not keep the bytes of {len(refused)} records." if refused else "")
         )
     return summary | total | {"coverage": round(total["placed_positions"] / max(total["student_positions"], 1), 4)}
+
+
+def _is_of_this_run(out: RunFolder, name: str) -> bool:
+    """What was brought here from another run goes to the quarantine."""
+    fits = out.info(name).get("run") == out.path.name
+    if not fits:
+        out.quarantine([f"commits/{name}.json", _checkpoint(out, name).relative_to(out.path).as_posix()])
+    return fits
 
 
 def _checkpoint(out: RunFolder, name: str) -> Path:

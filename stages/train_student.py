@@ -69,7 +69,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         )
     if with_targets and hottest > 1 and cache.about["method"] == "sampled":
         raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
-    if view.fitted.form == "ranks" and (wrong := [part.loss for part in training.objective if part.takes("teacher")]):
+    if view.fitted.form == "ranks" and (wrong := [part.name for part in objective if "teacher" in part.asks_for]):
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
     if view.fitted.form == "values" and (shaped := tails - {"rest"}):
         raise InputError(f"projection.method {view.fitted.method} gives distributions of its own, whose tail is not the teacher's: `tail: {min(shaped)}` cannot shape it. Use `tail: rest`.")

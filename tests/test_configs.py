@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from pipeline.config import load_experiment
+from pipeline import lookup
+from pipeline.config import Experiment, Objective, load_experiment
 from pipeline.errors import ConfigError
+from pipeline.running.fingerprint import canonical
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -45,7 +48,12 @@ def error_of(tmp_path: Path, text: str, *changes: str) -> str:
         ("path: a.jsonl", "path: a.jsonl, feilds: {}", ["e.yaml:3", "no option 'feilds'", "did you mean 'fields'"]),
         ("{dataset: jsonl, path: a.jsonl}", "{dataset: jsonl}", ["needs the option 'path'"]),
         ("path: a.jsonl", "path: 5", ["e.yaml:3", "path", "string", "(it is 5)"]),
-        ("path: a.jsonl", "path: a.jsonl, fields: id", ["fields", "dictionary"]),
+        ("path: a.jsonl", "path: a.jsonl, fields: id", ["fields", "object"]),
+        ("path: a.jsonl", "path: a.jsonl, fields: {user: 3}", ["fields", "string"]),
+        ("path: a.jsonl", "path: a.jsonl, fields: {user: [[a]]}", ["fields", "string"]),
+        ("path: a.jsonl", "path: a.jsonl, limit: 99999999999999999999999", ["limit", "less than"]),
+        ("name: small", "projection: {method: learned, seed: 99999999999999999999999}", ["seed", "less than"]),
+        ("name: small", "projection: {method: low_rank, learning_rate: 1.0e+300}", ["learning_rate", "less than"]),
         ("jsonl, path: a.jsonl", "hpo, path: a.obo, questions: choose", ["questions", "'definition' or 'choice'"]),
         ("name: small", "projection: {method: low_rank, rank: true}", ["projection", "rank", "integer", "(it is True)"]),
         ("name: small", "projection: {method: low_rank, keep: 0}", ["keep", "greater than or equal to 1"]),
@@ -56,7 +64,7 @@ def error_of(tmp_path: Path, text: str, *changes: str) -> str:
         ("name: small", "projection: {least_share: 2}", ["least_share", "less than or equal to 1"]),
         ("name: small", "projection: {inside: maybe}", ["inside", "boolean"]),
         ("name: small", "projection: {depth: 1.5}", ["depth", "integer"]),
-        ("steps: 10", "steps: 10, objective: [{loss: alm, temperature: 0}]", ["temperature", "greater than 0"]),
+        ("steps: 10", "steps: 10, objective: [{loss: alm, temperature: 0}]", ["temperature", "greater than or equal to 0.01"]),
         ("steps: 10", "steps: 10, objective: [{loss: uld, tail: calibrated}]", ["tail has no effect on uld"]),
         ("steps: 10", "steps: 10, objective: [{loss: forwrd_kl}]", ["did you mean 'forward_kl'"]),
         ("steps: 10", "steps: 10, temperature: {from: 8, too: 1}", ["training.temperature.too", "did you mean 'to'"]),
@@ -111,3 +119,49 @@ def test_the_control_has_the_same_total_weight_and_no_teacher(tmp_path: Path):
     control = load_experiment(file, ["training.temperature=4"]).without_teacher().training
     assert [(part.loss, part.weight) for part in control.objective] == [("cross_entropy", 1.0)]
     assert control.temperature.start == control.temperature.end == 1.0
+
+
+def test_options_of_ones_own_are_what_their_annotations_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "losses").mkdir()
+    options = "alpha=1.0, betas: tuple[float, float] = (0.9, 0.99), names: list[str] | None = None, part: Optional[float] = None, wrong: Literal.x = None"
+    (tmp_path / "losses" / "mine.py").write_text(f"def mine(student, *, {options}): ...\ndef not_this(): ...")
+    (tmp_path / "losses" / "fine.py").write_text(f"def fine(student, *, {options.rpartition(',')[0]}): ...")
+    monkeypatch.setattr(lookup, "HERE", tmp_path)
+    for cached in (lookup.parameters, lookup.option_types):
+        cached.cache_clear()
+    try:
+        fine = Objective.model_validate({"loss": "fine", "alpha": [1, "x"], "betas": [1, 0.5], "names": ["a"], "part": 2})
+        assert fine.options() == {"alpha": [1, "x"], "betas": [1.0, 0.5], "names": ["a"], "part": 2.0}
+        for wrong in ({"betas": [1.0]}, {"names": "a"}, {"part": "2"}, {"part": True}):
+            with pytest.raises(ValidationError):
+                Objective.model_validate({"loss": "fine", **wrong})
+        with pytest.raises(ValidationError, match=r"wrong is annotated with Literal.x, which is no type of an option"):
+            Objective.model_validate({"loss": "mine"})
+    finally:
+        for cached in (lookup.parameters, lookup.option_types):
+            cached.cache_clear()
+
+
+def test_one_and_one_point_zero_are_the_same_setting():
+    one, other = (Objective.model_validate({"loss": "alm", "temperature": value}) for value in (100, 100.0))
+    assert canonical(one.model_dump()) == canonical(other.model_dump())
+
+
+@pytest.mark.parametrize("loss", ["uld", "forward_kl", "alm", "attention_match"])
+def test_the_control_is_without_everything_that_asks_the_teacher(loss: str):
+    training = {"steps": 1, "objective": [{"loss": loss}, {"loss": "cross_entropy"}]}
+    experiment = Experiment.model_validate({"name": "a", "data": {"train": [{"dataset": "jsonl", "path": "a"}]}, "teacher": {"model": "t"}, "student": {"model": "s"}, "training": training})
+    assert [part.loss for part in experiment.without_teacher().training.objective] == ["cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "temperature", "said"), [("{loss: uld}", 2.0, "unbiased at 1 only"), ("{loss: forward_kl, tail: hidden}", 1.0, "tail: hidden"), ("{loss: forward_kl}", 1.0, None)]
+)
+def test_draws_have_no_tail_and_one_temperature(tmp_path: Path, objective: str, temperature: float, said: str | None):
+    file = tmp_path / "e.yaml"
+    file.write_text(SMALL.replace("steps: 10", f"steps: 10, temperature: {temperature}, objective: [{objective}]") + "targets: {logits: {method: sampled, keep: 20, hidden: int8}}")
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            load_experiment(file).check_cache_suffices()
+    else:
+        load_experiment(file).check_cache_suffices()

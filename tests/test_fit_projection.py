@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import stages.fit_projection
+import stages.train_student
 from pipeline.cache.reader import Cache
 from pipeline.running.folder import RunFolder
 from pipeline.signals.fitting import Places
@@ -185,6 +186,49 @@ def test_a_projection_that_places_nothing_is_an_error(cached: Place, monkeypatch
     assert "does projection.method count_transport place any" in told
 
 
+@pytest.mark.parametrize("other", ["{method: low_rank, epochs: 4, seed: 7}", "{method: low_rank, epochs: 4, rank: 32}"])
+def test_an_epoch_of_another_run_is_put_away(cached: Place, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch):
+    chosen = ("--set", "projection={method: low_rank, epochs: 4}")
+    theirs, right = copied(cached, tmp_path / "theirs"), copied(cached, tmp_path / "right")
+    right.pipeline("fit-projection", CONFIG, *chosen)
+    commit = RunFolder.commit
+
+    def stops(folder, name: str, files, **info):
+        commit(folder, name, files, **info)
+        if name == "epoch-0002":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "commit", stops)
+        theirs.pipeline("fit-projection", CONFIG, "--set", f"projection={other}", status=1)
+    [foreign] = (theirs.path / "runs" / "fit-projection").iterdir()
+    here = cached.path / "runs" / "fit-projection" / right.finished("fit-projection").path.name
+    for name in ("commits/epoch-0002.json", "checkpoints/epoch-0002.safetensors"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(foreign / name, here / name)
+    cached.pipeline("fit-projection", CONFIG, *chosen)
+    assert list(here.glob("quarantine/*/commits/epoch-0002.json"))
+    shutil.rmtree(here / "quarantine")
+    same_files(here, right.finished("fit-projection").path)
+
+
+def test_a_damaged_commit_of_an_epoch_that_has_served_does_no_harm(cached: Place, monkeypatch: pytest.MonkeyPatch):
+    chosen = ("--set", "projection={method: low_rank, epochs: 2}")
+
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.fit_projection, "write_map", stops)
+        cached.pipeline("fit-projection", CONFIG, *chosen, status=1)
+    [folder] = (cached.path / "runs" / "fit-projection").iterdir()
+    [epoch] = folder.glob("commits/epoch-*")
+    epoch.write_bytes(epoch.read_bytes()[:50])
+    assert "begun" in cached.pipeline("status", CONFIG, *chosen)
+    cached.pipeline("fit-projection", CONFIG, *chosen)
+    assert "Everything" in cached.pipeline("verify", str(folder))
+
+
 def test_training_that_was_killed_goes_on_from_its_last_epoch(cached: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     chosen = ("--set", "projection={method: low_rank, epochs: 4}")
     other = copied(cached, tmp_path / "other")
@@ -218,6 +262,35 @@ def test_a_distribution_of_its_own_has_no_tail_of_the_teachers(cached: Place, ta
     chosen = ("--set", "projection.method=low_rank", "--set", f"training.objective=[{{loss: forward_kl, tail: {tail}}}]", "--set", "targets.logits.hidden=int8")
     cached.pipeline("cache-teacher", CONFIG, *chosen)
     assert "cannot shape it" in cached.pipeline("train-student", CONFIG, *chosen, status=2)
+
+
+def test_the_tail_from_hidden_states_is_that_of_the_tokens_that_are_not_kept(cached: Place, monkeypatch: pytest.MonkeyPatch):
+    """The teacher's own logits come out of the cache, and what it keeps at a row has no part there."""
+    chosen = ("--set", "training.objective=[{loss: forward_kl, tail: hidden}]", "--set", "targets.logits={keep: 16, hidden: int8}", "--set", "training.temperature=1.0", "--set", "training.steps=2")
+    shutil.rmtree(cached.path / "runs" / "cache-teacher")
+    cached.pipeline("cache-teacher", CONFIG, *chosen)
+    cache = Cache(cached.finished("cache-teacher").file)
+    said = {}
+    for example in cache.examples("train"):
+        ends = np.cumsum(example.targets.kept.astype(np.int64))
+        for i, end in enumerate(ends.tolist()):
+            ids = example.targets.ids[end - int(example.targets.kept[i]) : end]
+            said[frozenset([*ids.tolist(), int(example.tokens.ids[example.targets.position[i] + 1])])] = float(np.exp(example.targets.rests[0, i]))
+    real, seen = stages.train_student.placed_logits, []
+
+    def looked_at(logits, kept, *others):
+        p = logits.double().softmax(-1)
+        for row in range(len(logits)):
+            ids = kept[1][kept[0] == row].tolist()
+            left = float(1 - p[row, ids].sum())
+            seen.append((left, said[frozenset(ids)]))
+        return real(logits, kept, *others)
+
+    monkeypatch.setattr(stages.train_student, "placed_logits", looked_at)
+    cached.pipeline("train-student", CONFIG, *chosen)
+    assert len(seen) > 100
+    ours, theirs = np.array(seen).T
+    assert (ours <= theirs + 0.02).all()  # the realised token is out of it, too
 
 
 def test_weights_that_were_damaged_and_are_others_when_trained_again_make_anew_what_was_made_with_them(cached: Place, monkeypatch: pytest.MonkeyPatch):

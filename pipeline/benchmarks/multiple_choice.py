@@ -5,12 +5,13 @@ import numpy as np
 from pipeline.benchmarks._scores import Scorer
 from pipeline.datasets._rows import record_of_row
 from pipeline.lookup import find
+from pipeline.options import Fields
 from pipeline.signals.records import Record
 
 RESAMPLES = 10_000
 
 
-def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = None, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = None, fields: Fields | None = None) -> dict[str, Any]:
     """Accuracy of choosing the option with the highest log-likelihood per byte, with a 95 % bootstrap interval.
 
     Over the held-out records that have options, or over those of a file (as the dataset jsonl reads it; the teacher, which

@@ -130,7 +130,7 @@ def attention_table(ids: pa.Array, targets: list[Targets]) -> pa.Table:
         rows = Rows.joined(parts)
         query = np.concatenate([np.repeat(t.position, heads_of(part, t.position)) for t, part in zip(targets, parts, strict=True)])
         entries = [len(part.key) for part in parts]
-        columns[f"kept_{layer}"] = lists_of([part.kept for part in parts], pa.uint8())
+        columns[f"kept_{layer}"] = lists_of([part.kept.astype(np.uint8) for part in parts], pa.uint8())
         columns[f"key_gap_{layer}"] = _list(encode_keys(rows.key, rows.kept, query), entries, pa.int32())
         columns[f"weight_code_{layer}"] = _list(encode_weights(rows.weight), entries, pa.uint8())
         columns[f"rest_{layer}"] = lists_of([encode_weight_rests(part.rest) for part in parts], pa.uint16())

@@ -1,15 +1,15 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from pipeline.datasets._rows import Row, mapped
 from pipeline.errors import InputError
+from pipeline.options import Fields
 
 
-def hub(*, repo: str, revision: str, split: str = "train", subset: str | None = None, fields: dict[str, Any] | None = None) -> Iterator[Row]:
+def hub(*, repo: str, revision: str, split: str = "train", subset: str | None = None, fields: Fields | None = None) -> Iterator[Row]:
     """The rows of a Hugging Face dataset at a pinned commit (40 hexadecimal digits)."""
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise InputError(f"The dataset {repo} needs `revision`, the commit as 40 hexadecimal digits; {revision!r} may be another thing tomorrow.")

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from pipeline.datasets._rows import Row, mapped
 from pipeline.errors import InputError
 from pipeline.files import files_named
+from pipeline.options import Fields
 
 
-def jsonl(*, path: str, fields: dict[str, Any] | None = None) -> Iterator[Row]:
+def jsonl(*, path: str, fields: Fields | None = None) -> Iterator[Row]:
     """The rows of local files: .jsonl, .jsonl.gz or .parquet; `path` is a file or a glob."""
     files = files_named(path)
     if not files:

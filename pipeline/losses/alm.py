@@ -1,10 +1,11 @@
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.options import Number
 from pipeline.signals.chunks import Chunks
 
 SHIFT = 1e-6
@@ -13,7 +14,7 @@ LEAST = 0.1
 """A stretch ends where the teacher expects at least so much that no word goes on."""
 
 
-def alm(student: Tensor, realised: Tensor, chunks: Chunks, *, temperature: Number = 100.0, boundary: bool = False) -> Tensor:
+def alm(student: Tensor, realised: Tensor, chunks: Chunks, *, temperature: Annotated[float, Field(ge=0.01, le=1e6)] = 100.0, boundary: bool = False) -> Tensor:
     """Approximate likelihood matching: how unlike teacher and student find each smallest stretch of text that both cut out, nats, [N].
 
     The binary divergence between "this stretch" and "another one", both likelihoods taken to the power 1 / temperature, times

@@ -155,13 +155,13 @@ class Capture:
 def _kept(parts: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
     """parts: weights and keys [rows, keys]; a weight that would be stored as 0 is left with the others."""
     if not parts:
-        return Rows(np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.float32))
+        return Rows(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.float32))
     weight, key = (np.concatenate(column) for column in zip(*parts, strict=True))
     there = weight >= LEAST
     order = np.argsort(np.where(there, -key, 1), axis=-1, kind="stable")
     weight, key, there = (np.take_along_axis(values, order, -1) for values in (weight, key, there))
     rest = 1 - np.where(there, weight, 0).sum(-1, dtype=np.float64)
-    return Rows(there.sum(-1).astype(np.uint8), key[there].astype(np.int32), weight[there].astype(np.float32), rest.clip(0, 1).astype(np.float32))
+    return Rows(there.sum(-1), key[there].astype(np.int32), weight[there].astype(np.float32), rest.clip(0, 1).astype(np.float32))
 
 
 # --- the student's: how much goes to each cell -------------------------------------------------------------------------

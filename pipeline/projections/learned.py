@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.options import Count, Number, Positive, Share
+from pipeline.options import Count, Positive, Rate, Share
 from pipeline.projections.first_token import first_token
 from pipeline.signals.counts import Counts, Matrix
 from pipeline.signals.first_tokens import Encode
@@ -25,7 +25,7 @@ def learned(
     *,
     rank: Positive = 16,
     epochs: Count = 10,
-    learning_rate: Number = 0.01,
+    learning_rate: Rate = 0.01,
     least_count: Count = 5,
     least_share: Share = 0.001,
     seed: Count = 0,

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.options import Count, Number, Positive
+from pipeline.options import Count, Positive, Rate
 from pipeline.signals.counts import Counts
 from pipeline.signals.fitting import BATCH, Batch, Layer, Places
 from pipeline.signals.projection import REST, Form, Meeting, Projected
@@ -25,7 +25,7 @@ def low_rank(
     rank: Positive = 64,
     keep: Annotated[int, Field(ge=1, le=65535)] = 64,
     epochs: Count = 10,
-    learning_rate: Number = 0.003,
+    learning_rate: Rate = 0.003,
     seed: Count = 0,
 ) -> "LowRank":
     """The published layer (DistilLLM-Med): the teacher's probabilities through a bottleneck with ReLU to the student's logits.

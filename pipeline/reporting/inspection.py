@@ -16,11 +16,12 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from pipeline.cache.digest import rows_digest
-from pipeline.cache.reader import Cache, Decoded, Example, decode, read_rows, read_table, record_of
-from pipeline.cache.schema import PREPARED, RANKS, RECORDS, SHARD_FILES, Logits, hidden_schema, rest_column, tail_schema
+from pipeline.cache.reader import Cache, Decoded, Example, decode, decode_attention, read_rows, read_table, record_of
+from pipeline.cache.schema import PREPARED, RANKS, RECORDS, SHARD_FILES, Logits, attention_schema, hidden_schema, rest_column, tail_schema
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json
-from pipeline.running.folder import FinishedFolder
+from pipeline.running.folder import FinishedFolder, left_behind
+from pipeline.signals.attention import decode_weight_rests, heads_of, weight_error
 from pipeline.signals.codec import CODES, NO_REST, REST_STEP, decode_rests
 from pipeline.signals.records import ANSWER
 from pipeline.signals.vocabulary import first_byte_classes
@@ -67,7 +68,7 @@ def cache(folder: Path) -> dict[str, Any]:
     columns["ranks (a file a shard)"] = finished.size("ranks-")
     positions, tokens = int(kept_counts.sum()), finished.summary["tokens"]
     n = max(positions, 1)
-    files = {kind.rstrip("-"): finished.size(kind) for kind in (*SHARD_FILES, "tail-")}
+    files = {kind.rstrip("-"): finished.size(kind) for kind in (*SHARD_FILES, "tail-", "attention-")}
     files["once a cache"] = finished.size() - sum(files.values())
     total = max(sum(columns.values()), 1)
     return {
@@ -86,6 +87,39 @@ def cache(folder: Path) -> dict[str, Any]:
         "kept_mass": [{"from": low, "to": high, "positions": int(count), "share": round(count / n, 4)} for (low, high), count in zip(pairwise(MASS_BINS), bins, strict=True)],
         "columns": [{"column": name, "bytes": size, "per_position": round(size / n, 3), "share": round(size / total, 4)} for name, size in columns.most_common()],
         "files": [{"files": kind, "bytes": size, "per_position": round(size / n, 3)} for kind, size in files.items()],
+        "attention": _attention(finished, about, n),
+    }
+
+
+def _attention(finished: FinishedFolder, about: dict[str, Any], positions: int) -> dict[str, Any] | None:
+    """By layer: how many keys a row has on the average, how much weight they keep, and their bytes a position. None: there is none here."""
+    names = finished.names("attention-")
+    if not names or left_behind(finished.path, names):
+        return None
+    layers = about["attention"]["layers"]
+    keys, rows, sizes = Counter[int](), Counter[int](), Counter[str]()
+    rests = dict.fromkeys(layers, 0.0)
+    for name in names:
+        with pq.ParquetFile(finished.file(name), page_checksum_verification=True) as file:
+            sizes.update(column_bytes(file.metadata))
+            for group in range(file.num_row_groups):
+                for layer in layers:
+                    table = read_rows(file, group, [f"kept_{layer}", f"rest_{layer}"])
+                    kept, rest = (flat(column) for column in table.columns)
+                    keys[layer] += int(kept.sum(dtype=np.int64))
+                    rests[layer] += float(decode_weight_rests(rest).sum(dtype=np.float64))
+                    rows[layer] += len(kept)
+    return {
+        "heads": about["attention"]["heads"],
+        "layers": [
+            {
+                "layer": layer,
+                "mean_keys": round(keys[layer] / max(rows[layer], 1), 2),
+                "mean_kept_weight": round(1 - rests[layer] / max(rows[layer], 1), 4),
+                "per_position": round(sum(size for name, size in sizes.items() if name.rpartition("_")[2] == str(layer)) / positions, 2),
+            }
+            for layer in layers
+        ],
     }
 
 
@@ -156,7 +190,13 @@ def cache_as_text(shown: dict[str, Any]) -> str:
     for row in shown["files"]:
         if row["bytes"]:
             files.add_row(row["files"], f"{row['bytes']:,}", f"{row['per_position']:.2f}", "")
-    return _printed([*parts, "", files])
+    parts += ["", files]
+    if shown["attention"]:
+        table = _bars("attention layer", "keys a row", "bytes a position", "kept weight")
+        for row in shown["attention"]["layers"]:
+            table.add_row(str(row["layer"]), f"{row['mean_keys']:.1f}", f"{row['per_position']:.1f}", f"{row['mean_kept_weight']:.1%}", Bar(1, 0, row["mean_kept_weight"], width=30))
+        parts += ["", table]
+    return _printed(parts)
 
 
 def _bars(*titles: str) -> Table:
@@ -181,7 +221,7 @@ def _printed(parts: list[RenderableType]) -> str:
 
 def record(folder: Path, id: str) -> dict[str, Any]:
     """One record's targets, each position's strongest token first. `position` t is the index of the token whose NEXT token is described; natural logs at temperature 1."""
-    _, example = _find(folder, id)
+    _, example = find(folder, id)
     targets, ids = example.targets, example.tokens.ids
     ends = np.cumsum(targets.kept.astype(np.int64))
     rows = []
@@ -203,7 +243,7 @@ def record(folder: Path, id: str) -> dict[str, Any]:
 
 def record_as_text(folder: Path, id: str, strongest: int = 5) -> str:
     """One line a position: what has been read, what follows, and the tokens that the teacher holds most likely."""
-    reader, example = _find(folder, id)
+    reader, example = find(folder, id)
     token_bytes = reader.vocabulary().token_bytes
 
     def shown(token: int) -> str:
@@ -217,8 +257,9 @@ def record_as_text(folder: Path, id: str, strongest: int = 5) -> str:
     return "\n".join(lines)
 
 
-def _find(folder: Path, id: str) -> tuple[Cache, Example]:
-    reader = Cache(_finished_cache(folder).file)
+def find(folder: Path, id: str, extras: tuple[str, ...] = ()) -> tuple[Cache, Example]:
+    """The cache, and the record of that id in it; InputError if there is none."""
+    reader = Cache(_finished_cache(folder).file, extras)
     for split in ("train", "heldout"):
         for example in reader.examples(split):
             if example.record.id == id:
@@ -241,7 +282,7 @@ def undecodable(folder: Path) -> dict[str, str]:
     """File -> what is wrong with it, for files whose bytes are what was written but whose content is not what it must be."""
     finished = FinishedFolder(folder)
     wrong: dict[str, str] = {}
-    for name in finished.names():
+    for name in sorted(set(finished.names()) - left_behind(folder, finished.names())):
         try:
             if name.endswith(".parquet"):
                 with pq.ParquetFile(folder / name, page_checksum_verification=True) as file:
@@ -277,8 +318,9 @@ def other_rows(folder: Path) -> dict[str, str]:
     """File -> what is wrong with it, for files whose rows are not those of the digest that was written with them."""
     finished = FinishedFolder(folder)
     wrong = {}
+    absent = left_behind(folder, finished.names())
     for name, entry in finished.manifest["files"].items():
-        if "rows_digest" in entry:
+        if "rows_digest" in entry and name not in absent:
             table = pq.read_table(finished.file(name), page_checksum_verification=True)
             if (len(table), rows_digest(table)) != (entry["rows"], entry["rows_digest"]):
                 wrong[name] = "does not have the rows that its digest is of"
@@ -311,7 +353,9 @@ class _Shard:
             yield self.at_hand, "is of another method, other temperatures or another vocabulary than cache.json says"
             return
         has_hidden = "hidden" in self._about["extras"] and any(self._told["groups"])  # without a record there are no states
-        cuts = {content: self._cut(content) for content in ("records", "logits", *(["hidden"] if has_hidden else []))}
+        has_attention = self._about.get("attention") is not None and any(self._told["groups"]) and self._name("attention") not in left_behind(self._finished.path, self._finished.names())
+        more = [content for content, there in (("hidden", has_hidden), ("attention", has_attention)) if there]
+        cuts = {content: self._cut(content) for content in ("records", "logits", *more)}
         for content, cut in cuts.items():
             if cut != [rows for rows in self._told["groups"] if rows]:
                 yield self._name(content), "does not have the row groups that cache.json says"
@@ -344,6 +388,8 @@ class _Shard:
             tail_sums += [masses.sum(1), np.square(masses).sum(1)]
             if has_hidden:
                 yield from self._of_hidden(group, decoded)
+            if has_attention:
+                yield from self._of_attention(group, decoded)
         if (tokens, positions) != (self._told["tokens"], self._told["positions"]):
             yield self._name("logits"), f"has {positions} positions of {tokens} tokens; cache.json says {self._told['positions']} of {self._told['tokens']}"
         if self._number in self._about["tail_shards"]:
@@ -358,6 +404,23 @@ class _Shard:
             yield self.at_hand, f"does not have the records and positions of {self._name('logits')}"
         elif not np.all(np.isfinite(flat(table["scale"])) & (flat(table["scale"]) >= 0)):
             yield self.at_hand, "has a scale that is no scale"
+
+    def _of_attention(self, group: int, decoded: Decoded) -> Iterator[tuple[str, str]]:
+        table = self._read("attention", attention_schema(self._about["attention"]["layers"]), group)
+        try:
+            found = decode_attention(table, decoded)
+        except (ValueError, IndexError) as error:
+            yield self.at_hand, f"cannot be decoded: {error}"
+            return
+        for layer, rows in found.items():
+            if heads_of(rows, decoded.position) != self._about["attention"]["heads"] and len(decoded.position):
+                yield self.at_hand, f"has {heads_of(rows, decoded.position)} rows a position in layer {layer}; cache.json says {self._about['attention']['heads']}"
+                return
+            # each weight is off by half a step at most
+            allowed = _summed(weight_error(rows.weight), rows.kept) + ROUNDING
+            off = np.abs(_summed(rows.weight, rows.kept) + rows.rest - 1) > allowed
+            if off.any():
+                yield self.at_hand, f"has weights that do not sum to 1 in layer {layer} (position {np.repeat(decoded.position, self._about['attention']['heads'])[np.argmax(off)]})"
 
     def _of_tail(self, positions: int, means: np.ndarray, squares: np.ndarray) -> Iterator[tuple[str, str]]:
         """The marginals of a shard add up to what its positions leave to their tails on the average, at each temperature."""

@@ -66,6 +66,30 @@ def plot_cache(path: Path, shown: dict[str, Any]) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
+def plot_attention(path: Path, shown: list[Any], id: str) -> None:
+    """Each side's rows as a map, keys from left to right, on one scale of the weights' square root. shown: what `inspection_attention.sides` gives."""
+    rows, width = shown[0].weights.shape
+    figure = Figure(figsize=(min(24.0, 2.5 + len(shown) * max(3.5, 0.16 * width)), min(20.0, 1.8 + max(2.5, 0.16 * rows))), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    image = None
+    for axis, side in zip(axes, shown, strict=True):
+        image = axis.imshow(np.sqrt(side.weights), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_title(side.title, fontsize=9)
+        axis.set_xlabel("key")
+        if width <= 120:
+            axis.set_xticks(range(width), [name[:14] for name in side.tokens], rotation=90, fontsize=5, parse_math=False)
+    axes[0].set_ylabel("query")
+    if rows <= 120:
+        axes[0].set_yticks(range(rows), [name[:14] for name in shown[0].queries], fontsize=5, parse_math=False)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=0.7)
+        bar.set_ticks([0, 0.1**0.5, 0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.25", "0.5", "1"])
+        bar.set_label("weight")
+    figure.suptitle(id, fontsize=10, parse_math=False)
+    with appears_whole(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Exponential mean over about a twentieth of the run."""
     share = 1 / max(len(values) / 20, 1)

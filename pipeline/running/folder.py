@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ FORMAT = 1
 WHOLE = "whole"
 """The claim of a process that must be a folder's only writer."""
 SCRATCH = ("checkpoints", "tensorboard")
+OPTIONAL = ("attention-",)
+"""Files whose names begin so may be left behind, all of them, when a finished folder is copied."""
 """Folders that are useful while a stage runs, or to look at, but no part of its result."""
 PLAIN_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 """A file, or a file in a folder: nothing that leads elsewhere, and nothing hidden."""
@@ -258,7 +260,12 @@ class RunFolder:
                 raise Disagreement(f"{self.path / 'manifest.json'}: another process has finished this folder with other files. Theirs is kept.") from None
         for name in _commit_names(self.path):
             # what only served to go on after a kill has served
-            if all(file.startswith(SCRATCH) for file in _read_commit(self.path, name)["files"]):
+            try:
+                served = all(file.startswith(SCRATCH) for file in _read_commit(self.path, name)["files"])
+            except DamageError:
+                self._clear(name)
+                continue
+            if served:
                 self.withdraw(name)
 
     def others(self) -> list[str]:
@@ -302,6 +309,8 @@ class FinishedFolder:
             before = []
         if not before or self._checked.get(name) != before:
             wrong = problem(self.path / name, self.manifest["files"][name])
+            if wrong and name in left_behind(self.path, self.manifest["files"]):
+                raise DamageError(f"{self.path / name} is not here: such files may be left behind when a folder is copied, but this needs them. Copy them, too.")
             if wrong:
                 raise DamageError(f"{self.path / name} {wrong}. Run `pipeline verify {self.path} --repair`, then the stage {self.manifest['stage']} again, or copy the file anew.")
             self._checked[name] = before
@@ -385,6 +394,8 @@ class Findings:
     """Pieces were made on different devices, batch sizes or thread counts."""
     pieces: list[str] = field(default_factory=list)
     """The names of the pieces that are damaged."""
+    left_behind: set[str] = field(default_factory=set)
+    """Files that are not here and need not be."""
 
     @property
     def exit_status(self) -> int:
@@ -392,6 +403,8 @@ class Findings:
 
     def look(self, path: Path, name: str, entry: dict[str, Any], fast: bool) -> bool:
         """Whether a file is what its entry says."""
+        if name in self.left_behind:
+            return True
         try:
             text = problem(path / name, entry, fast)
         except OSError as error:
@@ -411,6 +424,7 @@ def findings(path: Path, fast: bool = False, expect: str | None = None) -> Findi
         try:
             manifest = read_manifest(path)
             listed |= manifest["files"]
+            found.left_behind = left_behind(path, manifest["files"])
             found.mixed = bool(manifest["summary"].get("mixed_numerics"))
             if expect and (is_so := root(manifest["fingerprint"], listed)) != expect:
                 found.untrusted["manifest.json"] = f"has the root {is_so}, and {expect} was expected"
@@ -477,6 +491,12 @@ def repair(path: Path, found: dict[str, str]) -> None:
         folder.quarantine(list(dict.fromkeys(away)))
     finally:
         folder.close()
+
+
+def left_behind(path: Path, names: Iterable[str]) -> set[str]:
+    """Those of a finished folder's files that were left out, as they may be, when it was copied."""
+    kinds = [[name for name in names if name.startswith(beginning)] for beginning in OPTIONAL]
+    return {name for kind in kinds if not any((path / name).exists() for name in kind) for name in kind}
 
 
 def root(fingerprint: str, files: dict[str, dict[str, Any]]) -> str:

@@ -17,9 +17,9 @@ from pipeline.signals.alignment import align
 from pipeline.signals.ragged import runs
 from pipeline.signals.records import Tokens
 
-CODES = 255
+STEPS = 255
 RESTS = 65535
-LEAST = (0.5 / CODES) ** 2
+LEAST = (0.5 / STEPS) ** 2
 """Weights below have no code but 0, and are left with the others."""
 
 
@@ -27,7 +27,7 @@ LEAST = (0.5 / CODES) ** 2
 class Rows:
     """One layer's rows of a record."""
 
-    kept: np.ndarray  # uint8 [R] how many keys
+    kept: np.ndarray  # integers [R] how many keys
     key: np.ndarray  # int32 [sum of kept] which tokens, the nearest first
     weight: np.ndarray  # float32 [sum of kept]
     rest: np.ndarray  # float32 [R] of all other keys
@@ -53,13 +53,18 @@ def heads_of(rows: Rows, position: np.ndarray) -> int:
 
 
 def encode_weights(weight: np.ndarray) -> np.ndarray:
-    """uint8: steps of the square root, so that a weight is off by sqrt(weight) / 255 at most (about)."""
-    return np.rint(CODES * np.sqrt(weight)).astype(np.uint8)
+    """uint8: steps of the square root (see weight_error)."""
+    return np.rint(STEPS * np.sqrt(weight)).astype(np.uint8)
 
 
 def decode_weights(code: np.ndarray) -> np.ndarray:
     """float32."""
-    return np.square(code.astype(np.float32) / CODES)
+    return np.square(code.astype(np.float32) / STEPS)
+
+
+def weight_error(stored: np.ndarray) -> np.ndarray:
+    """float64: by how much a weight may differ from what is read back."""
+    return (STEPS * np.sqrt(stored.astype(np.float64)) + 0.5) / STEPS**2
 
 
 def encode_weight_rests(rest: np.ndarray) -> np.ndarray:

@@ -107,9 +107,11 @@ def fit(
         done = 0
     kept = {name: value.clone() for name, value in layer.state_dict().items()}
     random = np.random.default_rng(seed)
-    orders = [random.permutation(count) for _ in range(epochs)]
-    for epoch in range(done, epochs):
-        for batch in places.batches(orders[epoch]):
+    for epoch in range(epochs):
+        order = random.permutation(count)
+        if epoch < done:
+            continue
+        for batch in places.batches(order):
             layer.zero_grad(set_to_none=True)
             layer.nll(batch).mean().backward()
             for optimizer in optimizers:

@@ -28,3 +28,12 @@ def test_it_is_nothing_for_the_same_probabilities_on_any_tokens():
     for order in ([0, 1, 2, 3], [3, 0, 2, 1]):
         assert uld(probs[order].log()[None], teacher).item() == pytest.approx(0, abs=1e-6)
     assert uld(probs.flip(0).log()[None] * 0.5, teacher).item() > 0.1
+
+
+def test_a_teacher_that_keeps_more_tokens_than_the_student_has():
+    """What it gives its weakest ones is with the rest."""
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    p = logits.double().softmax(-1).flip(-1)[0]
+    teacher = target([[0.05, 0.3, 0.4, 0.1, 0.1]])
+    wanted = abs(p[0] - 0.4) + abs(p[1] - 0.3) + abs(p[2] - 0.1) + abs(0 - 0.2)
+    assert uld(logits, teacher).item() == pytest.approx(float(wanted), abs=1e-6)

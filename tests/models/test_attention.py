@@ -14,7 +14,7 @@ from pipeline.models import attention as module
 from pipeline.models.attention import Attending, Capture, Scene
 from pipeline.signals.attention import LEAST, Attended, AttentionTarget, Matched, Rows, attention_target, decode_weights, encode_weights
 
-SIZES = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+SIZES = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 NAMES = ("llama", "gemma3", "qwen3", "gemma2")
 
 
@@ -117,6 +117,18 @@ def test_control_a_causal_mask_that_is_off_by_one_is_seen(monkeypatch: pytest.Mo
         test_kept_keys_and_weights_are_those_of_eager_attention("qwen3", "plain", False)
     monkeypatch.undo()
     test_kept_keys_and_weights_are_those_of_eager_attention("qwen3", "plain", False)
+
+
+def test_more_keys_than_a_byte_can_count():
+    """As for a drawing of whole rows."""
+    tokens = ids(1, 300)
+    capture = Capture(made("llama", "sdpa"), "llama", [0], keys=300, each_head=False)
+    capture.rows(np.array([10, 299]))
+    with torch.inference_mode():
+        made("llama", "sdpa")(input_ids=tokens, use_cache=False)
+    rows = capture.taken()[0]
+    check(rows, maps("llama", input_ids=tokens)[0][0].mean(0)[[10, 299]], 300)
+    assert rows.kept[1] > 255
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch):

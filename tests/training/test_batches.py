@@ -9,7 +9,7 @@ import torch
 
 from pipeline.lookup import find
 from pipeline.signals.counts import counted
-from pipeline.signals.projection import Projected, meet, projected
+from pipeline.signals.projection import Projected, States, meet, projected
 from pipeline.signals.records import END, Tokens
 from pipeline.signals.targets import with_realised
 from pipeline.training.batches import Batch, made_ahead, make_batch
@@ -104,6 +104,28 @@ def test_every_row_has_its_records_weight():
     weights = [0.5, 2.0, 1.0, 3.0, 0.0]
     batch = make_batch(records, words, weights, STORED, 1.0)
     assert batch.weights.tolist() == [weights[record] for record in batch.record.tolist()]
+
+
+def test_the_teachers_states_and_kept_tokens_stay_with_their_rows():
+    records, words = examples()
+    rng = np.random.default_rng(0)
+    with_states = []
+    for word in words:
+        count = len(word.position)
+        kept = rng.integers(0, 4, count)
+        with_states.append(replace(word, states=States(rng.integers(-9, 9, (count, 3)).astype(np.int8), rng.random(count).astype(np.float32), kept, rng.integers(0, 50, kept.sum()).astype(np.int32))))
+    states = make_batch(records, with_states, [1.0] * len(records), STORED, 1.0).states
+    assert states is not None
+    at = 0
+    for word in with_states:
+        ends = np.cumsum(word.states.kept)
+        for i in range(len(word.position)):
+            assert states.hidden[at].tolist() == word.states.hidden[i].tolist()
+            assert float(states.scale[at]) == float(word.states.scale[i])
+            assert states.id[states.row == at].tolist() == word.states.ids[ends[i] - word.states.kept[i] : ends[i]].tolist()
+            at += 1
+    assert at == len(states.hidden)
+    assert make_batch(records, words, [1.0] * len(records), STORED, 1.0).states is None
 
 
 def test_an_empty_answer_has_one_row_which_is_its_end():
