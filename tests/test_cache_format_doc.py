@@ -79,6 +79,20 @@ def test_the_pages_program_reads_tails_and_hidden_states(caches: dict[str, Path]
         np.testing.assert_allclose(states, decode_hidden(example.targets.hidden, example.targets.hidden_scale), rtol=1e-5)
 
 
+def test_the_pages_program_reads_attention(caches: dict[str, Path], program: Path):
+    page, folder = runpy.run_path(str(program)), caches["everything"]
+    reader = Cache(FinishedFolder(folder).file, ("attention",))
+    for layer in reader.about["attention"]["layers"]:
+        for (id, rows), example in zip(page["attention_rows"](folder, 0, layer), reader.of_shard(0), strict=True):
+            assert id == example.record.id
+            wanted = example.targets.attention[layer]
+            assert len(rows) == len(wanted.rest) == reader.about["attention"]["heads"] * len(example.targets.position)
+            keys, weights = ([pair[i] for row, _ in rows for pair in row.items()] for i in (0, 1))
+            assert keys == wanted.key.tolist()
+            np.testing.assert_allclose(weights, wanted.weight, rtol=1e-5)
+            np.testing.assert_allclose([rest for _, rest in rows], wanted.rest, atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_pages_program_runs_as_it_stands(caches: dict[str, Path], program: Path, variant: str):
     done = subprocess.run([sys.executable, str(program), str(caches[variant])], capture_output=True, text=True, check=False)
@@ -152,6 +166,7 @@ def test_the_page_names_everything_that_is_in_a_cache(caches: dict[str, Path], v
     folder = caches[variant]
     named = set(re.findall(r"`([^`\n]+)`", PAGE))
     named |= {f"{name}_{number}" for name in ("rest", "mean") for number in ("1", "1.5", "2", "4", "8") if f"{name}_T" in named}
+    named |= {f"{name}_{layer}" for name in ("kept", "key_gap", "weight_code", "rest") for layer in (0, 1) if f"{name}_L" in named}
     named |= {f"boundary_{i}" for i in range(16)} if {"boundary_0", "boundary_15"} <= named else set()
     said = set()
     for file in folder.glob("*.parquet"):

@@ -31,6 +31,8 @@ def caches_of(made: Path) -> dict[str, Path]:
         patch.setattr(pipeline.cache.schema, "GROUP_POSITIONS", 50)
         for name, settings in VARIANTS.items():
             changes = [word for setting in settings for word in ("--set", f"targets.logits.{setting}")]
+            if name == "everything":
+                changes += ["--set", "targets.attention={matched: 2, keys: 6, heads: each}"]
             if name == "sampled":  # what tiny.yaml trains with needs a tail
                 changes += ["--set", "training.objective.0.tail=rest", "--set", "training.temperature=1"]
             found[name] = place.path / place.json("cache-teacher", CONFIG, *changes)["folder"]

@@ -222,6 +222,10 @@ SETTINGS = [
     setting("targets.logits.hidden", "int8"),
     setting("targets.logits.boundary", "true"),
     setting("targets.logits.logsumexp", "true"),
+    setting("targets.attention.matched", "1", given=("targets.attention={matched: 2}",)),
+    setting("targets.attention.layers.0", "1", given=("targets.attention={layers: [0]}",)),
+    setting("targets.attention.keys", "8", given=("targets.attention={matched: 2}",)),
+    setting("targets.attention.heads", "each", given=("targets.attention={matched: 2}",)),
     setting("student.model", "tiny/other_tokenizer_student", stage="fit-projection"),
     replace(setting("student.model", "tiny/other_config_student", stage="train-student"), what="student.model with the same tokenizer"),
     setting(
@@ -249,6 +253,10 @@ SETTINGS = [
     setting("training.objective.0.temperature_squared", "false", spares_control=True),
     setting("training.objective.0.temperature", "10.0", spares_control=True, given=("training.objective.0={loss: alm, weight: 0.7}",)),
     setting("training.objective.0.boundary", "true", spares_control=True, given=("targets.logits.boundary=true", "training.objective.0={loss: alm, weight: 0.7}")),
+    *(
+        setting(f"training.objective.0.{option}", value, spares_control=True, given=("targets.attention={matched: 2}", "training.objective.0={loss: attention_match, weight: 0.7, layers: [[1, 0]]}"))
+        for option, value in (("form", "kl"), ("heads", "grouped"), ("layers.0.1", "1"))
+    ),
     setting("training.temperature.from", "3.0", spares_control=True),
     setting("training.temperature.to", "1.5", spares_control=True),
     setting("training.temperature.schedule", "cosine", spares_control=True),
