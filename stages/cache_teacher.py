@@ -19,7 +19,7 @@ from pipeline.cache.writer import Background, Shard, write_vocabulary
 from pipeline.config import Attention, Data, Machine, Targets, Teacher
 from pipeline.config import Logits as LogitsSettings
 from pipeline.errors import InputError, Mismatch, NumericsError, PipelineError
-from pipeline.files import appears_whole, read_json, write_json
+from pipeline.files import appears_whole, write_json
 from pipeline.models.attention import Capture, sees_everything
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher, numerics_of
@@ -318,7 +318,7 @@ def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
     With the device, types, batch size and threads of then every bit must be the same; otherwise SAME_WORD nats are allowed.
     """
     finished = FinishedFolder(folder)
-    reader = Cache(finished.file, tuple(extra for extra in EXTRAS if extra in read_json(finished.file("cache.json"))["extras"]))
+    reader = Cache(finished.file)
     sections = with_names(finished.identity["sections"])
     teacher, targets = Teacher.model_validate(sections["teacher"]), Targets.model_validate(sections["targets"])
     machine = Machine.model_validate(finished.manifest["machine"]["settings"])
@@ -330,13 +330,16 @@ def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
     form = _form(targets.logits, len(vocabulary))
     wrong: dict[str, str] = {}
     for shard in np.random.default_rng(int(finished.root[-8:], 16)).permutation(len(reader.about["shards"]))[:count].tolist():
-        name = f"logits-{shard:05d}.parquet"
+        name, looks = f"logits-{shard:05d}.parquet", f"attention-{shard:05d}.parquet"
         examples = list(reader.of_shard(shard))
         said = word.of([example.tokens for example in examples], targets, None, lambda: None)
         again = Shard(folder, shard, [(example.record, example.tokens, targets) for example, targets in zip(examples, said, strict=True)], form, True)
-        if again.digests()[name] == {key: finished.manifest["files"][name].get(key) for key in ("rows", "rows_digest")}:
+        digests, then = again.digests(), reader.about["shards"][shard].get("numerics")
+        same = {file: digests[file] == {key: finished.manifest["files"][file].get(key) for key in ("rows", "rows_digest")} for file in (name, looks) if file in digests}
+        if not same.get(looks, True) and then == word.numerics:
+            wrong[looks] = "is not where the teacher looks now"
+        if same[name]:
             continue
-        then = reader.about["shards"][shard].get("numerics")
         off = np.concatenate([np.abs(example.targets.realised_logprob - targets.realised_logprob) for example, targets in zip(examples, said, strict=True)])
         if then == word.numerics or not off.mean() <= SAME_WORD:
             wrong[name] = f"is not what the teacher says now: what follows is off by {off.mean():.3g} nats on the average, {off.max():.3g} at most"

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import pipeline.models.attention
 from pipeline.cache.reader import Cache
 from pipeline.models.attention import Attending
 from pipeline.models.loading import load_student
@@ -160,6 +162,18 @@ def test_rows_are_shown_as_text_and_drawn_beside_the_students(looked: Place, tmp
     for words in (["--attention", "1,2"], ["--record", "r3", "--attention", "1"], ["--record", "r3", "--attention", "x,2"], ["--record", "r3", "--attention", "1,1"], ["--student", str(student)]):
         looked.pipeline("inspect", str(folder), *words, status=2)
     assert "of the layers [0, 1]" in looked.pipeline("inspect", str(folder), "--record", "r3", "--attention", f"5,{query}", status=2)
+
+
+def test_the_teacher_is_asked_again_where_it_looks(looked: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = copied(looked, tmp_path / "copy")
+    folder = str(place.finished("cache-teacher").path)
+    assert "Everything" in place.pipeline("verify", folder, "--recompute", "7")
+    real = pipeline.models.attention._kept
+    monkeypatch.setattr(pipeline.models.attention, "_kept", lambda parts: replace(real(parts), rest=real(parts).rest * 0.9))
+    told = place.invoke("verify", folder, "--recompute", "1")
+    assert told.exit_code == 1
+    assert "is not where the teacher looks now" in told.stdout
+    assert "logits" not in told.stdout
 
 
 def test_attention_that_cannot_be_is_found(looked: Place, tmp_path: Path):
