@@ -252,6 +252,9 @@ SETTINGS = [
     setting("training.objective.0.tail", "calibrated", spares_control=True),
     setting("training.objective.0.temperature_squared", "false", spares_control=True),
     setting("training.objective.0.temperature", "10.0", spares_control=True, given=("training.objective.0={loss: alm, weight: 0.7}",)),
+    setting("training.objective.0.beta", "0.3", spares_control=True, given=("training.objective.0={loss: jensen_shannon, weight: 0.7}",)),
+    setting("training.objective.0.alpha", "0.3", spares_control=True, given=("training.objective.0={loss: skew_kl, weight: 0.7}",)),
+    setting("training.objective.0.head", "0.3", spares_control=True, given=("training.objective.0={loss: adaptive_kl, weight: 0.7}",)),
     setting("training.objective.0.boundary", "true", spares_control=True, given=("targets.logits.boundary=true", "training.objective.0={loss: alm, weight: 0.7}")),
     *(
         setting(f"training.objective.0.{option}", value, spares_control=True, given=("targets.attention={matched: 2}", "training.objective.0={loss: attention_match, weight: 0.7, layers: [[1, 0]]}"))
