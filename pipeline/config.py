@@ -8,6 +8,7 @@ result, and is in no fingerprint. Three keys always name something outside the Y
 
 import json
 import re
+from itertools import product
 from math import exp, isfinite, log
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -412,6 +413,36 @@ class Experiment(Section):
         return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": Schedule.constant(1.0)})})
 
 
+class Ablation(Section):
+    """Changes to one experiment, each with each seed."""
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The tables are put under this name in the runs folder."""
+    base: str
+    """The experiment's file, beside this one."""
+    seeds: Annotated[list[Count], Field(min_length=1)] = [0]
+    """training.seed."""
+    variants: Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)] | None = None
+    """Name -> what it changes: {section.key: value, ...}; nothing: the experiment as it is."""
+    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Instead of variants: every combination of these values."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Ablation":
+        if (self.variants is None) == (self.grid is None):
+            raise ValueError("give either variants or grid")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is given twice")
+        return self
+
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """Of each variant, by its name."""
+        if self.variants is not None:
+            return {name: changes or {} for name, changes in self.variants.items()}
+        keys, values = list(self.grid or {}), list((self.grid or {}).values())
+        return {", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, each, strict=True)): dict(zip(keys, each, strict=True)) for each in product(*values)}
+
+
 # --- from YAML ---------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +471,16 @@ def load_experiment(file: str | Path, changes: list[str] | None = None) -> Exper
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem, lines, str(file)) for problem in error.errors())) from None
+
+
+def load_ablation(file: str | Path) -> Ablation:
+    """The ablation in a YAML file."""
+    tree, lines = _read(Path(file), ())
+    _refuse_secrets(tree, lines, (), str(file))
+    try:
+        return Ablation.model_validate({"name": Path(file).stem} | tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, lines, str(file), Ablation) for problem in error.errors())) from None
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Place, str]]:
@@ -529,9 +570,8 @@ def _refuse_secrets(value: Any, lines: dict[Place, str], place: Place, file: str
         _refuse_secrets(part, lines, (*place, key), file)
 
 
-def _explain(problem: Any, lines: dict[Place, str], file: str) -> str:
+def _explain(problem: Any, lines: dict[Place, str], file: str, model: Any = Experiment) -> str:
     place: Place = ()
-    model: Any = Experiment
     for part in problem["loc"]:
         if (*place, part) in lines:  # parts that pydantic adds stand in no YAML
             place = (*place, part)

@@ -12,8 +12,12 @@ from typing import Any
 
 import click
 
-from pipeline.config import load_experiment
+from pipeline.config import load_ablation, load_experiment
 from pipeline.errors import InputError, PipelineError
+from pipeline.files import appears_whole
+from pipeline.reporting.tables import ablation_csv, ablation_rows, ablation_table
+from pipeline.running.ablation import results, trials
+from pipeline.running.ablation import run as run_trials
 from pipeline.running.folder import FinishedFolder, findings, repair
 from pipeline.running.runner import Runner
 from pipeline.running.stopping import stops_when_asked
@@ -74,16 +78,21 @@ def _experiment_options(command: Any) -> Any:
 
 
 def _runner(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], roots: tuple[str, ...]) -> Runner:
-    folders = {}
-    for entry in given:
-        stage, equals, folder = entry.partition("=")
-        if not equals:
-            raise InputError(f"--use {entry}: give it as STAGE=FOLDER.")
-        folders[stage] = Path(folder)
+    folders = _given(given)
     loaded = load_experiment(experiment, list(changes))
     if "cache-teacher" not in folders:
         loaded.check_cache_suffices()
     return Runner(STAGES, loaded, runs, folders, roots, say=lambda text: click.echo(text, err=True))
+
+
+def _given(entries: tuple[str, ...]) -> dict[str, Path]:
+    folders = {}
+    for entry in entries:
+        stage, equals, folder = entry.partition("=")
+        if not equals:
+            raise InputError(f"--use {entry}: give it as STAGE=FOLDER.")
+        folders[stage] = Path(folder)
+    return folders
 
 
 def _add_stage_command(name: str, text: str) -> None:
@@ -117,6 +126,30 @@ def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
         click.echo(json.dumps({"stages": reports}))
     else:
         _show(reports[-1], False)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+@click.option("--use", "given", multiple=True, metavar="STAGE=FOLDER", help="Take this finished folder for a stage of all variants.")
+@click.option("--expect", "roots", multiple=True, metavar="ROOT", help="The root (sha256:...) of the folder given with --use.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="So many runs at once.")
+@click.option("--devices", metavar="0,1,...", help="CUDA devices: one run on each at a time.  [default: as many as --jobs on what there is]")
+@click.argument("ablation", type=click.Path(path_type=Path))
+@click.pass_obj
+def ablate(runs: Path, ablation: Path, given: tuple[str, ...], roots: tuple[str, ...], jobs: int, devices: str | None, as_json: bool) -> None:
+    """Changes to one experiment: train and evaluate what is missing, from one cache, and compare. Never asks a teacher."""
+    wanted = load_ablation(ablation)
+    found = trials(wanted, ablation.parent, STAGES, runs, _given(given), roots)
+    place = runs / wanted.name
+    with stops_when_asked():
+        run_trials(found, place / "logs", list[str | None](devices.split(",")) if devices else [None] * jobs, lambda text: click.echo(text, err=True))
+    told = results(found)
+    rows = ablation_rows(told)
+    place.mkdir(parents=True, exist_ok=True)
+    for name, text in (("ablation.md", ablation_table(rows)), ("ablation.csv", ablation_csv(rows)), ("ablation.json", json.dumps({"rows": rows, "trials": told}, indent=1))):
+        with appears_whole(place / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    click.echo(json.dumps({"folder": str(place), "rows": rows}) if as_json else f"{ablation_table(rows)}\n{place / 'ablation.md'}, ablation.csv, ablation.json")
 
 
 @main.command()

@@ -6,9 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import lookup
-from pipeline.config import Experiment, Objective, load_experiment
+from pipeline.config import Experiment, Objective, load_ablation, load_experiment
 from pipeline.errors import ConfigError
+from pipeline.running.ablation import trials
 from pipeline.running.fingerprint import canonical
+from stages import STAGES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -22,8 +24,14 @@ training: {steps: 10}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.relative_to(CONFIGS).as_posix())
-def test_every_config_is_valid(file: Path):
-    load_experiment(file)
+def test_every_config_is_valid(file: Path, tmp_path: Path):
+    if file.parent.name == "ablations":
+        found = trials(load_ablation(file), file.parent, STAGES, tmp_path, {}, ())
+        assert len({(trial.variant, trial.seed) for trial in found}) == len(found)
+        for trial in found:
+            trial.runner.experiment.check_cache_suffices()
+    else:
+        load_experiment(file).check_cache_suffices()
 
 
 def error_of(tmp_path: Path, text: str, *changes: str) -> str:
