@@ -309,6 +309,7 @@ def test_two_processes_fill_one_cache_and_a_third_that_is_killed_does_not_matter
     processes = [place.start("cache-teacher", CONFIG, *SLOW_CACHE, "--json") for _ in range(3)]
     (runs,) = [place.path / "runs" / "cache-teacher"]
     while not list(runs.glob("*/commits/*.json")):
+        assert any(process.poll() is None for process in processes)
         time.sleep(0.01)
     processes[0].kill()
     reports = [json.loads(process.communicate()[0]) for process in processes[1:]]
@@ -400,6 +401,7 @@ def told_to_stop(place: Place, *words: str) -> Path:
     """Start `pipeline`, send SIGTERM after its first commit, and give the folder of the stage."""
     process = place.start(*words)
     while not (found := list((place.path / "runs" / words[0]).glob("*/commits/*.json"))):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()
