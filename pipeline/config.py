@@ -405,10 +405,9 @@ class Experiment(Section):
             raise ConfigError(f"training.objective compares the teacher's layer {missing[0]}, and targets.attention.layers keeps {kept.layers}. Add it there, or compare another.")
 
     def without_teacher(self) -> "Experiment":
-        """The SFT-only control: the teacher's share of the objective's weight goes to the other losses, all else is equal."""
-        total = sum(part.weight for part in self.training.objective)
+        """The SFT-only control: the losses that need no teacher, their weights made to sum to 1 so that variants share one; all else is equal."""
         rest = [part for part in self.training.objective if part.weight > 0 and not part.needs_teacher()] or [Objective(loss="cross_entropy")]
-        share = total / sum(part.weight for part in rest)
+        share = 1 / sum(part.weight for part in rest)
         rest = [part.model_copy(update={"weight": part.weight * share}) for part in rest]
         return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": Schedule.constant(1.0)})})
 

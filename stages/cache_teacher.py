@@ -29,7 +29,7 @@ from pipeline.models.tokenizers import NotKept, RecordTokenizer, load_tokenizer
 from pipeline.reporting.progress import Progress
 from pipeline.running.contents import Contents
 from pipeline.running.fingerprint import with_names
-from pipeline.running.folder import FinishedFolder, RunFolder
+from pipeline.running.folder import FinishedFolder, RunFolder, left_behind
 from pipeline.running.runner import Inputs
 from pipeline.signals.attention import matched_layers
 from pipeline.signals.records import Record, Tokens
@@ -44,6 +44,8 @@ ABOUT = "about"
 """The piece that the last process to find all shards finished makes: what they have in common."""
 SAME_WORD = 0.1
 """Nats by which the log-probability of what follows may be off on the average, when a teacher is asked again elsewhere."""
+SAME_LOOK = 0.02
+"""The same of the weight that a row's other keys have."""
 NOT_KEPT = "the teacher's tokenizer does not keep its bytes (it normalises its text)"
 """Why a record is rejected."""
 
@@ -318,7 +320,8 @@ def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
     With the device, types, batch size and threads of then every bit must be the same; otherwise SAME_WORD nats are allowed.
     """
     finished = FinishedFolder(folder)
-    reader = Cache(finished.file)
+    looked = finished.names("attention-") and not left_behind(folder, finished.names())
+    reader = Cache(finished.file, ("attention",) if looked else ())
     sections = with_names(finished.identity["sections"])
     teacher, targets = Teacher.model_validate(sections["teacher"]), Targets.model_validate(sections["targets"])
     machine = Machine.model_validate(finished.manifest["machine"]["settings"])
@@ -336,8 +339,11 @@ def recomputed(folder: Path, count: int, runs: Path) -> dict[str, str]:
         again = Shard(folder, shard, [(example.record, example.tokens, targets) for example, targets in zip(examples, said, strict=True)], form, True)
         digests, then = again.digests(), reader.about["shards"][shard].get("numerics")
         same = {file: digests[file] == {key: finished.manifest["files"][file].get(key) for key in ("rows", "rows_digest")} for file in (name, looks) if file in digests}
-        if not same.get(looks, True) and then == word.numerics:
-            wrong[looks] = "is not where the teacher looks now"
+        if looked and not same.get(looks, True):
+            rests = [np.concatenate([t.attention[layer].rest for t in word_of if t.attention]) for word_of in (said, [e.targets for e in examples]) for layer in reader.about["attention"]["layers"]]
+            ours, theirs = np.split(np.stack(rests), 2)
+            if then == word.numerics or not np.abs(ours - theirs).mean() <= SAME_LOOK:
+                wrong[looks] = f"is not where the teacher looks now: the weight of what is not kept is off by {np.abs(ours - theirs).mean():.3g} on the average"
         if same[name]:
             continue
         off = np.concatenate([np.abs(example.targets.realised_logprob - targets.realised_logprob) for example, targets in zip(examples, said, strict=True)])

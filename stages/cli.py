@@ -260,7 +260,7 @@ def inspect(folder: Path, record: str | None, attention: str | None, png: Path |
 
 def _attention(folder: Path, record: str, attention: str, png: Path | None, student: Path | None, as_json: bool) -> str:
     layer, comma, query = attention.partition(",")
-    if not layer.isdigit() or (comma and not query.isdigit()) or not (comma or png) or (student and not png):
+    if not layer.isdecimal() or (comma and not query.isdecimal()) or not (comma or png) or (student and not png):
         raise InputError("Give --attention as LAYER,QUERY, such as 11,40; or as LAYER with --png FILE, and with --student FOLDER if you like.")
     reporting = importlib.import_module("pipeline.reporting.inspection_attention")
     if png:

@@ -118,7 +118,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         return batches_of(of_this_process(order.of_step(step)), _temperature(training, step, steps))
 
     def total_of(batches: list[Batch]) -> torch.Tensor:
-        none = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        none = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         return accelerator.reduce(sum((mass(batch) for batch in batches), none), "sum")
 
     @torch.no_grad()

@@ -31,8 +31,10 @@ def place(done: Place, tmp_path: Path) -> Place:
     """A cache, the first student of the ablation, and no teacher any more."""
     place = copied(done, tmp_path / "copy")
     place.pipeline("status", CONFIG)
-    for file in (place.path / "tiny" / "teacher").iterdir():
-        file.unlink()
+    shared = (place.path / "tiny").resolve()
+    (place.path / "tiny").unlink()
+    shutil.copytree(shared, place.path / "tiny")
+    shutil.rmtree(place.path / "tiny" / "teacher")
     (place.path / "a.yaml").write_text(ABLATION.format(base=CONFIG))
     return place
 
@@ -73,7 +75,7 @@ def test_what_is_missing_is_run_once_and_a_second_call_does_nothing(place: Place
 
 def test_a_cache_that_is_not_there_is_told_and_no_teacher_is_asked(place: Place):
     (place.path / "b.yaml").write_text(f"base: {CONFIG}\nvariants: {{other: {{targets.logits.keep: 8}}, same: {{}}}}")
-    shutil.copytree(place.path / "tiny" / "student", place.path / "tiny" / "teacher", dirs_exist_ok=True)
+    shutil.copytree(place.path / "tiny" / "student", place.path / "tiny" / "teacher")
     told = place.pipeline("ablate", "b.yaml", status=2)
     assert "Variant other needs cache-teacher" in told
     assert "never asks a teacher" in told

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pipeline.models.attention
+import stages.cache_teacher
 from pipeline.cache.reader import Cache
 from pipeline.models.attention import Attending
 from pipeline.models.loading import load_student
@@ -49,7 +50,7 @@ def test_the_loss_falls_and_is_logged(looked: Place):
     assert 0 < losses[-1] < losses[0]
 
 
-def test_another_number_of_processes_steps_or_checkpoints_changes_nothing(looked: Place, tmp_path: Path):
+def test_going_on_and_gradient_checkpointing_change_nothing(looked: Place, tmp_path: Path):
     """Cut off after a checkpoint and gone on with; and with gradient checkpointing, where each layer is computed once more."""
     other = copied(looked, tmp_path / "other")
     path = other.finished("train-student").path
@@ -135,6 +136,9 @@ def test_the_cache_without_its_attention_still_trains_what_does_not_ask_for_it(l
     for file in folder.glob("attention-*"):
         file.unlink()
     assert "may be left behind" in place.pipeline("verify", str(folder), "--deep")
+    assert "done" in place.pipeline("status", CONFIG, *KEPT, *OBJECTIVE)
+    assert "already done" in place.pipeline("cache-teacher", CONFIG, *KEPT)
+    place.pipeline("run", CONFIG, *KEPT, *OBJECTIVE, *NO_CONTROL)
     shutil.rmtree(place.path / "runs" / "train-student")
     assert "Copy them, too" in place.pipeline("train-student", CONFIG, *KEPT, *OBJECTIVE, status=1)
     place.pipeline("train-student", CONFIG, *KEPT)
@@ -159,7 +163,14 @@ def test_rows_are_shown_as_text_and_drawn_beside_the_students(looked: Place, tmp
     for more in ([], ["--student", str(student)]):
         looked.pipeline("inspect", str(folder), "--record", "r3", "--attention", "0", "--png", str(tmp_path / "a.png"), *more)
         assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for words in (["--attention", "1,2"], ["--record", "r3", "--attention", "1"], ["--record", "r3", "--attention", "x,2"], ["--record", "r3", "--attention", "1,1"], ["--student", str(student)]):
+    for words in (
+        ["--record", "r3", "--attention", "1,²"],
+        ["--attention", "1,2"],
+        ["--record", "r3", "--attention", "1"],
+        ["--record", "r3", "--attention", "x,2"],
+        ["--record", "r3", "--attention", "1,1"],
+        ["--student", str(student)],
+    ):
         looked.pipeline("inspect", str(folder), *words, status=2)
     assert "of the layers [0, 1]" in looked.pipeline("inspect", str(folder), "--record", "r3", "--attention", f"5,{query}", status=2)
 
@@ -174,6 +185,10 @@ def test_the_teacher_is_asked_again_where_it_looks(looked: Place, tmp_path: Path
     assert told.exit_code == 1
     assert "is not where the teacher looks now" in told.stdout
     assert "logits" not in told.stdout
+    monkeypatch.setattr(stages.cache_teacher, "numerics_of", lambda device: {"device": "another"})
+    assert "is not where the teacher looks now" in place.invoke("verify", folder, "--recompute", "1").stdout
+    monkeypatch.setattr(pipeline.models.attention, "_kept", lambda parts: replace(real(parts), rest=real(parts).rest + 0.001))
+    assert "Everything" in place.pipeline("verify", folder, "--recompute", "1")  # last bits may be others there
 
 
 def test_attention_that_cannot_be_is_found(looked: Place, tmp_path: Path):

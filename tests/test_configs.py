@@ -121,11 +121,13 @@ def test_extends_merges_deeply_and_errors_point_into_the_right_file(tmp_path: Pa
         load_experiment(file)
 
 
-def test_the_control_has_the_same_total_weight_and_no_teacher(tmp_path: Path):
+def test_the_control_has_a_weight_of_one_and_no_teacher(tmp_path: Path):
     file = tmp_path / "e.yaml"
     file.write_text(SMALL)
     control = load_experiment(file, ["training.temperature=4"]).without_teacher().training
     assert [(part.loss, part.weight) for part in control.objective] == [("cross_entropy", 1.0)]
+    more = load_experiment(file, ["training.objective=[{loss: forward_kl, weight: 3.0}, {loss: cross_entropy, weight: 0.25}]"]).without_teacher().training
+    assert more.objective == control.objective
     assert control.temperature.start == control.temperature.end == 1.0
 
 

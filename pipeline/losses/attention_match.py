@@ -11,7 +11,7 @@ FLOOR = 1e-6
 
 
 def attention_match(attention: Attended, *, form: Literal["frobenius", "kl"] = "frobenius", layers: list[Pair] | None = None, heads: Literal["mean", "same", "grouped"] = "mean") -> Tensor:
-    """How unlike teacher and student look back, [N]: the mean over layers and groups of heads at each row with the teacher's weights.
+    """How unlike teacher and student look back, [N]: the mean over layers and groups of heads; 0 at rows without a teacher's.
 
     Over the keys that are kept of the teacher's row and one cell for all others. frobenius: the sum of squared differences
     (summed over rows, the squared Frobenius norm of DistilLLM-Med's attention loss, exact on what is kept); kl: the

@@ -5,6 +5,7 @@ interface), and where somebody looks, the queries and keys are also multiplied r
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,15 @@ def _attention(inner: str, module: torch.nn.Module, query: Tensor, key: Tensor, 
     return result
 
 
+def _refuse_others(name: str, layers: Sequence[int], seen: Counter[int]) -> None:
+    """What is no softmax of queries and keys calls the function never, or more than once."""
+    if wrong := [layer for layer in layers if seen[layer] != 1]:
+        raise InputError(
+            f"Layer {wrong[0]} of {name} computed its attention {seen[wrong[0]]} times in one forward pass through transformers' attention interface, and once is what pipeline knows: "
+            "its weights cannot be read. Leave out targets.attention and attention_match, or choose another model."
+        )
+
+
 def _blocks(scene: Scene, query: np.ndarray) -> Iterator[tuple[int, int, int, Tensor, int]]:
     """The rows query[first:last], all of batch row b: (first, last, b, their tokens int64 [n], how many keys they could see)."""
     heads, length = scene.query.shape[1:3]
@@ -127,23 +137,27 @@ class Capture:
     def __init__(self, model: PreTrainedModel, name: str, layers: Sequence[int], keys: int, each_head: bool) -> None:
         self.layers = list(layers)
         self.each_head = each_head
-        self._keys = keys
+        self._name, self._keys = name, keys
         self._query = np.zeros(0, dtype=np.int64)
+        self._seen: Counter[int] = Counter()
         self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
         watch(model, name, layers, self._look)
 
     def rows(self, query: np.ndarray) -> None:
         """Which rows of the next forward are wanted. query: int64, ascending, indices into B*T."""
         self._query = query
+        self._seen.clear()
         self._found = {layer: [] for layer in self.layers}
 
     def taken(self) -> dict[int, Rows]:
-        """By layer, of all rows that were wanted."""
+        """By layer, of all rows that were wanted. InputError for a model that computes its attention otherwise."""
+        _refuse_others(self._name, self.layers, self._seen)
         found, self._found, self._query = self._found, {}, self._query[:0]
         return {layer: _kept([(weight.cpu().numpy(), key.cpu().numpy()) for weight, key in parts]) for layer, parts in found.items()}
 
     @torch.no_grad()
     def _look(self, layer: int, scene: Scene) -> None:
+        self._seen[layer] += 1
         for _, _, b, t, width in _blocks(scene, self._query):
             weights, _ = _weights(scene, b, t, width)
             rows = weights.transpose(0, 1).flatten(0, 1) if self.each_head else weights.mean(0)
@@ -172,7 +186,8 @@ class Attending:
 
     def __init__(self, model: PreTrainedModel, name: str, layers: Sequence[int]) -> None:
         """layers: the student's, one for each of the teacher's; some may be the same."""
-        self._layers = list(layers)
+        self._name, self._layers = name, list(layers)
+        self._seen: Counter[int] = Counter()
         self._targets: Sequence[AttentionTarget] = ()
         self._found: dict[int, Tensor] | None = None
         watch(model, name, sorted(set(layers)), self._look)
@@ -180,14 +195,17 @@ class Attending:
     def to(self, targets: Sequence[AttentionTarget]) -> None:
         """What is wanted of the next forward: one target for each layer."""
         self._targets = targets
+        self._seen.clear()
         self._found = {}
 
     def masses(self) -> list[Tensor]:
-        """float32 [M] for each layer."""
+        """float32 [M] for each layer. InputError for a model that computes its attention otherwise."""
+        _refuse_others(self._name, self._layers, self._seen)
         found, self._found = self._found or {}, None
         return [found[i] for i in range(len(self._layers))]
 
     def _look(self, layer: int, scene: Scene) -> None:
+        self._seen[layer] += 1
         for i, (of, target) in enumerate(zip(self._layers, self._targets, strict=False)):
             if of == layer:
                 mass = CellMass.apply(scene.query, scene.key, scene, target)

@@ -81,7 +81,10 @@ def sides(folder: Path, id: str, layer: int, student: Path | None) -> list[Side]
         raise InputError(f"{student} is a folder of {run.manifest['stage']}, not a student. Give the folder of a finished train-student.")
     source = str(student / "student")
     tokenizer = load_tokenizer(source, None, cache.about["template"], source)
-    tokens = tokenizer.render(example.record)
+    alike = tokenizer.digest() == cache.about["rendering"]
+    if not alike and not example.has_text:
+        raise InputError("This cache was made with `targets.text: omit`, so a student with another tokenizer cannot read its records.")
+    tokens = example.tokens if alike else tokenizer.render(example.record)
     model = load_student(source, None, None, torch.device("cpu")).eval()
     ours = _students_layer(run, layer, cache.about["attention"]["of"], model.config.get_text_config().num_hidden_layers)
     found = matched(rows, described, example.tokens, tokens, 1)

@@ -52,15 +52,23 @@ def imported(files: Iterable[str]) -> dict[str, str]:
         if file in found or not (ROOT / file).is_file() or file.startswith(INERT):
             continue
         found.add(file)
-        source = (ROOT / file).read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                waiting += [_file(alias.name) for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                waiting += [_file(node.module), *(_file(f"{node.module}.{alias.name}") for alias in node.names)]
-        for folder in re.findall(r'find\("(\w+)"', source):
+        imports, folders = _asked_for((ROOT / file).read_text(encoding="utf-8"))
+        waiting += imports
+        for folder in folders:
             waiting += [path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline" / folder).glob("*.py")]
     return {file: sha256_of(ROOT / file) for file in sorted(found)}
+
+
+@cache
+def _asked_for(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files that a source could import, and the folders in which it looks for functions by their names."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [_file(alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [_file(node.module), *(_file(f"{node.module}.{alias.name}") for alias in node.names)]
+    return tuple(found), tuple(re.findall(r'find\("(\w+)"', source))
 
 
 def _file(module: str) -> str:

@@ -50,8 +50,9 @@ def parts(objective: list[tuple[str, float, dict[str, object], str]]) -> list[Pa
 
 
 def mass(batch: Batch) -> Tensor:
-    """float64 [2]: the summed weights of all rows and of those with a word of the teacher; over these is averaged."""
-    return torch.stack([batch.weights.double().sum(), batch.known_weights.double().sum()])
+    """float64 [3]: the summed weights of all rows, of those with a word of the teacher, and of those with its attention; over these is averaged."""
+    looked = batch.weights[batch.attention[0].row] if batch.attention else batch.weights[:0]
+    return torch.stack([weights.double().sum() for weights in (batch.weights, batch.known_weights, looked)])
 
 
 def loss_of(
@@ -76,7 +77,8 @@ def loss_of(
             given = given | {"teacher": replace(batch.teacher, **shared_out[part.tail])}
         values = part.function(*(given[name] for name in part.asks_for), **part.options)
         weights = batch.known_weights if part.where_known else batch.weights
-        share = (values * weights).sum() / total[int(part.where_known)].clamp(min=1e-9).float()
+        over = 2 if "attention" in part.asks_for else int(part.where_known)
+        share = (values * weights).sum() / total[over].clamp(min=1e-9).float()
         shares[part.name] = share.detach()
         whole = whole + part.weight * share
     return whole, shares

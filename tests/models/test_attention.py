@@ -6,7 +6,21 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pipeline.errors import InputError
 from pipeline.losses.attention_match import attention_match
@@ -144,6 +158,33 @@ def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch):
     for other in found[1:]:
         assert (other.key == found[0].key).all()
         np.testing.assert_allclose(other.weight, found[0].weight, atol=1e-6)
+
+
+def falcon() -> PreTrainedModel:
+    """Its attention calls nothing that could be wrapped."""
+    return FalconForCausalLM(FalconConfig(vocab_size=70, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()
+
+
+def difference() -> PreTrainedModel:
+    """Its attention is a difference of two."""
+    return DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES)).eval()
+
+
+@pytest.mark.parametrize("make", [falcon, difference])
+def test_attention_that_is_computed_otherwise_is_refused(make):
+    model = make()
+    capture = Capture(model, "odd", [1], 4, each_head=False)
+    capture.rows(np.array([3]))
+    with torch.inference_mode():
+        model(input_ids=ids(1, 8), use_cache=False)
+    with pytest.raises(InputError, match="Layer 1 of odd computed its attention"):
+        capture.taken()
+    student = make()
+    attending = Attending(student, "odd", [1])
+    attending.to([a_target([8], 8, 1)])
+    student(input_ids=ids(1, 8), use_cache=False)
+    with pytest.raises(InputError, match="Layer 1 of odd computed its attention"):
+        attending.masses()
 
 
 @pytest.mark.parametrize("layers", [[4], [-1]])
