@@ -248,7 +248,7 @@ SETTINGS = [
     setting("projection.learning_rate", "0.1", given=("projection.method=learned",)),
     setting("projection.seed", "1", given=("projection.method=learned",)),
     setting("training.objective.0.loss", "cross_entropy"),
-    setting("training.objective.1.weight", "0.4"),
+    setting("training.objective.1.weight", "0.4", spares_control=True),
     setting("training.objective.0.tail", "calibrated", spares_control=True),
     setting("training.objective.0.temperature_squared", "false", spares_control=True),
     setting("training.objective.0.temperature", "10.0", spares_control=True, given=("training.objective.0={loss: alm, weight: 0.7}",)),

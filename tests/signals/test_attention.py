@@ -145,6 +145,11 @@ def oracle(teacher: Tokens, student: Tokens) -> dict[tuple[str, int], set[int]]:
     return of
 
 
+def alike(teacher: Tokens, student: Tokens) -> bool:
+    """Token for token: then each is a cell of its own."""
+    return np.array_equal(teacher.ids, student.ids) and np.array_equal(teacher.start, student.start)
+
+
 def check_cells(teacher: Tokens, student: Tokens, cells: Cells) -> None:
     of = oracle(teacher, student)
     own = np.repeat(np.arange(len(cells.begin) - 1), np.diff(cells.begin))
@@ -163,7 +168,7 @@ def check_cells(teacher: Tokens, student: Tokens, cells: Cells) -> None:
 @settings(deadline=None, max_examples=60)
 @given(two_segmentations())
 def test_cells_are_what_overlaps_and_what_stands_between_the_same_bytes(sides):
-    if not np.array_equal(sides[0].ids, sides[1].ids):
+    if not alike(*sides):
         check_cells(*sides, cells_of(*sides))
 
 
@@ -201,7 +206,7 @@ def check_matched(rows: Rows, described: np.ndarray, one: Tokens, other: Tokens,
     at_teacher, at_student = align(one, other)
     known = np.isin(at_teacher, described)
     assert found.position.tolist() == at_student[known].tolist()
-    of = oracle(one, other) if not np.array_equal(one.ids, other.ids) else {(side, i): i for side in "ts" for i in range(len(one))}
+    of = {(side, i): i for side in "ts" for i in range(len(one))} if alike(one, other) else oracle(one, other)
     starts = np.concatenate([[0], np.cumsum(rows.kept, dtype=np.int64)])
     ours = dense(found, groups)
     for n, (t, s) in enumerate(zip(at_teacher[known].tolist(), at_student[known].tolist(), strict=True)):
