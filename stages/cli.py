@@ -264,7 +264,7 @@ def _attention(folder: Path, record: str, attention: str, png: Path | None, stud
         raise InputError("Give --attention as LAYER,QUERY, such as 11,40; or as LAYER with --png FILE, and with --student FOLDER if you like.")
     reporting = importlib.import_module("pipeline.reporting.inspection_attention")
     if png:
-        reporting.draw(png, reporting.sides(folder, record, int(layer), student), record)
+        importlib.import_module("pipeline.reporting.plots").plot_attention(png, reporting.sides(folder, record, int(layer), student), record)
     if not comma:
         return json.dumps({"png": str(png)}) if as_json else str(png)
     shown = reporting.row(folder, record, int(layer), int(query))

@@ -13,4 +13,4 @@ def uld(student: Tensor, values: SparseTarget) -> Tensor:
     probs = (student.float() / values.temperature).softmax(-1)
     theirs = values.probs.sort(-1, descending=True).values[:, : probs.shape[-1]]  # the others are of the rest
     ours = probs.topk(theirs.shape[-1], -1).values * (theirs > 0)  # columns that only fill up have no mass
-    return (ours - theirs).abs().sum(-1) + (1 - ours.sum(-1) - (1 - theirs.sum(-1))).abs()
+    return (ours - theirs).abs().sum(-1) + (ours.sum(-1) - theirs.sum(-1)).abs()

@@ -1,6 +1,5 @@
 """Where the teacher looks in one record: its strongest keys as text, and beside a student's."""
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.models.loading import load_student
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reporting.inspection import find
 from pipeline.running.folder import FinishedFolder
-from pipeline.signals.attention import Rows, heads_of, matched, proportional
+from pipeline.signals.attention import Matched, Rows, heads_of, matched, proportional
 from pipeline.signals.ragged import runs
 from pipeline.signals.records import Tokens
 
@@ -100,10 +99,6 @@ def sides(folder: Path, id: str, layer: int, student: Path | None) -> list[Side]
     return [Side(f"{teacher}, layer {layer}", _dense(found, len(tokens)), name, queries), Side(f"{run.path.name}, layer {ours}", dense, name, queries)]
 
 
-def draw(path: Path, shown: list[Side], id: str) -> None:
-    importlib.import_module("pipeline.reporting.plots").plot_attention(path, shown, id)
-
-
 def _rows(cache: Cache, example: Example, layer: int) -> Rows:
     rows = (example.targets.attention or {}).get(layer)
     if rows is None:
@@ -119,7 +114,7 @@ def _students_layer(run: FinishedFolder, layer: int, of: int, students: int) -> 
     return proportional(layer, of, students)
 
 
-def _dense(found: Any, width: int) -> np.ndarray:
+def _dense(found: Matched, width: int) -> np.ndarray:
     """float32 [rows, width]: each cell's weight shared out evenly among its tokens."""
     cell_row = np.repeat(np.arange(len(found.cells)), found.cells)
     cell = np.repeat(np.arange(len(found.keys)), found.keys)

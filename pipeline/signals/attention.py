@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError, Mismatch
 from pipeline.signals.alignment import align
-from pipeline.signals.ragged import runs
+from pipeline.signals.ragged import begins, gaps, runs
 from pipeline.signals.records import Tokens
 
 STEPS = 255
@@ -79,32 +79,20 @@ def decode_weight_rests(stored: np.ndarray) -> np.ndarray:
 
 def encode_keys(key: np.ndarray, kept: np.ndarray, query: np.ndarray) -> np.ndarray:
     """int32: how far back the nearest key lies, then from each key to the next. query: int [R], the rows' own tokens."""
-    return _gaps(np.repeat(query, kept) - key, kept)
+    return gaps(np.repeat(query, kept) - key, kept)
 
 
-def decode_keys(gaps: np.ndarray, kept: np.ndarray, query: np.ndarray) -> np.ndarray:
+def decode_keys(stored: np.ndarray, kept: np.ndarray, query: np.ndarray) -> np.ndarray:
     """int32. IndexError if a key does not lie before its query, or not between the others."""
-    back = np.cumsum(gaps, dtype=np.int64)
-    first = _first(kept)
-    back -= np.repeat(back[first] - gaps[first], kept[kept > 0])
+    back = np.cumsum(stored, dtype=np.int64)
+    first = begins(kept)
+    back -= np.repeat(back[first] - stored[first], kept[kept > 0])
     key = np.repeat(query, kept) - back
-    later = np.ones(len(gaps), dtype=bool)
+    later = np.ones(len(stored), dtype=bool)
     later[first] = False
-    if len(key) and (key.min() < 0 or gaps.min() < 0 or (gaps[later] == 0).any()):
+    if len(key) and (key.min() < 0 or stored.min() < 0 or (stored[later] == 0).any()):
         raise IndexError("a key that no token is")
     return key.astype(np.int32)
-
-
-def _gaps(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    gaps = np.diff(values, prepend=0)
-    first = _first(kept)
-    gaps[first] = values[first]
-    return gaps.astype(np.int32)
-
-
-def _first(kept: np.ndarray) -> np.ndarray:
-    counts = kept.astype(np.int64)
-    return (np.cumsum(counts) - counts)[counts > 0]
 
 
 # --- which layers and heads --------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Every encoder has its decoder; flat lists run over positions, position after pos
 
 import numpy as np
 
+from pipeline.signals.ragged import begins, gaps
+
 CODES = 256
 REST_STEP = 0.05
 """Nats. A stored rest differs from the true one by at most half of it."""
@@ -38,7 +40,7 @@ def encode_logprobs(logprobs: np.ndarray, kept: np.ndarray, table: np.ndarray) -
     """
     between = ((table[1:] + table[:-1]) / 2)[::-1].astype(np.float32)
     codes = (CODES - 1 - np.searchsorted(between, logprobs)).astype(np.uint8)
-    first = _first(kept)
+    first = begins(kept)
     if not len(first):
         return codes
     at_top = np.flatnonzero(logprobs == np.repeat(np.maximum.reduceat(logprobs, first), kept[kept > 0]))
@@ -80,17 +82,14 @@ def encode_ids(ids: np.ndarray, codes: np.ndarray, kept: np.ndarray, order: np.n
     owner = np.repeat(np.arange(len(kept)), kept)
     key = np.sort(((owner * len(order) + rank_of[ids]) << 8) | codes)
     rank = (key >> 8) - owner * len(order)
-    gaps = np.diff(rank, prepend=0)
-    first = _first(kept)
-    gaps[first] = rank[first]
-    return gaps.astype(np.int32), (key & 255).astype(np.uint8)
+    return gaps(rank, kept), (key & 255).astype(np.uint8)
 
 
-def decode_ids(gaps: np.ndarray, kept: np.ndarray, order: np.ndarray) -> np.ndarray:
+def decode_ids(stored: np.ndarray, kept: np.ndarray, order: np.ndarray) -> np.ndarray:
     """int32: the ids, ranks ascending inside a position. IndexError if a rank is not in `order`."""
-    rank = np.cumsum(gaps, dtype=np.int32)  # where it wraps around, the differences do not
-    first = _first(kept)
-    rank -= np.repeat(rank[first] - gaps[first], kept[kept > 0])
+    rank = np.cumsum(stored, dtype=np.int32)  # where it wraps around, the differences do not
+    first = begins(kept)
+    rank -= np.repeat(rank[first] - stored[first], kept[kept > 0])
     if len(rank) and (rank.min() < 0 or rank.max() >= len(order)):
         raise IndexError("a rank that no token has")
     return order.take(rank)
@@ -115,7 +114,7 @@ def decode_logprobs(codes: np.ndarray, kept: np.ndarray, table: np.ndarray, rest
     mass = np.zeros(len(kept))
     filled = kept > 0
     if len(codes):
-        mass[filled] = np.add.reduceat(np.exp(table)[codes], _first(kept))
+        mass[filled] = np.add.reduceat(np.exp(table)[codes], begins(kept))
     with np.errstate(divide="ignore"):
         normaliser = np.log(mass + np.exp(rest.astype(np.float64)))
     shift = np.where(np.isfinite(normaliser), normaliser, 0.0).astype(np.float32)
@@ -142,9 +141,3 @@ def spans(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def positions_of(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int32: the positions that spans are of."""
     return (np.repeat(first - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())).astype(np.int32)
-
-
-def _first(kept: np.ndarray) -> np.ndarray:
-    """Where each position's entries begin, for positions that have any."""
-    counts = kept.astype(np.int64)
-    return (np.cumsum(counts) - counts)[counts > 0]
