@@ -39,10 +39,12 @@ from pipeline.signals.vocabulary import begins_anew
 from pipeline.training.batches import Batch, made_ahead, make_batch
 from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.training.objective import Part, loss_of, mass, parts
+from pipeline.training.objective import Part, attention_loss_of, loss_of, mass, parts
 from pipeline.training.schedules import learning_rate_at, value_at
 
 KEEP_CHECKPOINTS = 2
+LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Of float32 logits that exist at a time: several times that is needed for a loss and its gradient."""
 
 
 def run(student: Student, training: Training, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     attending = Attending(model, student.model, [ours for _, ours in pairs]) if pairs else None
     calibration = _calibration(cache, view.fitted.student_id, module.vocabulary_size, accelerator.device) if "calibrated" in tails else None
     teacher_head = KeptHead(cached.file("head.safetensors"), accelerator.device) if "hidden" in tails else None
+    rows_at_once = max(1, LOGITS_BYTES[accelerator.device.type] // (4 * module.vocabulary_size))
     begins = torch.from_numpy(begins_anew(tokenizer.vocabulary))[: module.vocabulary_size]
     student_id = torch.from_numpy(view.fitted.student_id.astype("int64")).to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
@@ -100,16 +103,35 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             cells = [cells_of(example.tokens, tokens) for tokens, example in micro] if pairs else []
             attention = [[_looked(example, tokens, layer, groups, cell) for (tokens, example), cell in zip(micro, cells, strict=True)] for layer, _ in pairs] if pairs else None
             weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
-            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks, begins, attention, groups))
+            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks, begins, attention, groups, rows_at_once))
         return batches
 
-    def asked_of(batch: Batch) -> tuple[torch.Tensor, Attended | None]:
-        """The student's logits, and where it looked."""
-        if attending is None or batch.attention is None:
-            return module(batch.ids, batch.rows), None
-        attending.to(batch.attention)
-        logits = module(batch.ids, batch.rows)
-        return logits, Attended(len(batch.rows), list(zip(batch.attention, attending.masses(), strict=True)))
+    def losses_of(batch: Batch, total: torch.Tensor, objective: list[Part], calibration: Calibration | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the loss, and of each part of the objective; what the student says goes into the calibration."""
+        shares: dict[str, torch.Tensor] = {}
+
+        def of_rows(i: int, logits: torch.Tensor) -> torch.Tensor:
+            part = batch.part(batch.cuts[i])
+            log_tail = None
+            if teacher_head and part.states and part.teacher and any(each.tail == "hidden" for each in objective):
+                states = part.states
+                log_tail = placed_logits(teacher_head(states.hidden, states.scale), (states.row, states.id), part.teacher.column, student_id, module.vocabulary_size)
+            loss, found = loss_of(objective, part, logits, total, calibration.log_ratio() if calibration else None, log_tail)
+            if calibration and part.teacher is not None:
+                calibration.add(logits[part.known], part.teacher)
+            for name, share in found.items():
+                shares[name] = shares.get(name, 0) + share
+            return loss
+
+        if attending and batch.attention:
+            attending.to(batch.attention)
+        with accelerator.autocast():
+            hidden = module.hidden(batch.ids)[batch.rows]
+            loss = module.loss(hidden, [(cut.rows.start, cut.rows.stop) for cut in batch.cuts], of_rows)
+        if attending and batch.attention:
+            looked, found = attention_loss_of(objective, batch, Attended(len(batch.rows), list(zip(batch.attention, attending.masses(), strict=True))), total)
+            loss, shares = loss + looked, shares | found
+        return loss, torch.stack([shares.get(part.name, loss.new_zeros(())) for part in objective])
 
     def of_this_process(places: list[Place]) -> list[Example]:
         return [cache.example(place) for place in places[accelerator.process_index :: accelerator.num_processes]]
@@ -128,9 +150,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         here = [batch.to(accelerator.device) for batch in aside]
         total, loss = total_of(here), torch.zeros((), device=accelerator.device)
         for batch in here:
-            with accelerator.autocast():
-                logits, attended = asked_of(batch)
-            loss += loss_of([replace(part, tail="rest") for part in objective], batch, logits, total, attended=attended)[0]
+            loss += losses_of(batch, total, [replace(part, tail="rest") for part in objective])[0]
         module.train()
         value = float(accelerator.reduce(loss, "sum"))
         if not math.isfinite(value):
@@ -150,17 +170,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         total = total_of(here)
         sums = torch.zeros(len(objective) + 2, device=accelerator.device)
         for batch in here:
-            with accelerator.autocast():
-                logits, attended = asked_of(batch)
-            log_tail = None
-            if teacher_head and batch.states and batch.teacher:
-                states = batch.states
-                log_tail = placed_logits(teacher_head(states.hidden, states.scale), (states.row, states.id), batch.teacher.temperature, student_id, module.vocabulary_size)
-            loss, shares = loss_of(objective, batch, logits, total, calibration.log_ratio() if calibration else None, log_tail, attended)
-            if calibration and batch.teacher is not None:
-                calibration.add(logits[batch.known], batch.teacher)
+            loss, shares = losses_of(batch, total, objective, calibration)
             loss.backward()
-            sums[:-1] += torch.stack([loss.detach(), *(shares.get(part.name, loss.new_zeros(())) for part in objective)])
+            sums[:-1] += torch.cat([loss.detach()[None], shares])
         sums[-1] = asked()  # any process may have been told to stop
         sums = accelerator.reduce(sums, "sum")
         if accelerator.num_processes > 1:

@@ -18,7 +18,7 @@ def adaptive_kl(student: Tensor, teacher: SparseTarget, *, head: Share = 0.5, te
     falling, order = q.sort(-1, descending=True)
     begins_below = falling.cumsum(-1) - falling < head
     in_head = begins_below.scatter(-1, order, begins_below)
-    if teacher.log_ratio is None and teacher.log_tail is None:
+    if not teacher.shapes_rest:
         in_head[:, -1] = False
     gap_head, gap_tail = (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
     share = gap_head / (gap_head + gap_tail).clamp(min=1e-9)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.signals.chunks import Chunks
+from pipeline.signals.outcomes import precise
 
 SHIFT = 1e-6
 """Keeps a chunk that is certain away from where the logarithm ends."""
@@ -25,7 +26,7 @@ def alm(student: Tensor, realised: Tensor, chunks: Chunks, *, temperature: Annot
     that has `kidney`; stretches are joined up to where the teacher expects that, as in the authors' tokenkit
     (`merge_by_space_prob+append_space`). Needs a cache with `targets.logits.boundary`.
     """
-    logprob = -torch.nn.functional.cross_entropy(student.float(), realised, reduction="none")
+    logprob = -torch.nn.functional.cross_entropy(precise(student), realised, reduction="none")
     ours = logprob.new_zeros(len(chunks.logprob)).index_add(0, chunks.chunk, logprob[chunks.row])
     theirs, last = chunks.logprob, chunks.last
     if boundary:
@@ -35,7 +36,7 @@ def alm(student: Tensor, realised: Tensor, chunks: Chunks, *, temperature: Annot
         whole = ends | ~chunks.goes_on  # where a stretch is complete
         group = whole.cumsum(0) - whole.long()
         ours, theirs = (values.new_zeros(int(whole.sum())).index_add(0, group, values) for values in (ours, theirs))
-        behind = student.index_select(0, last[ends] + 1).float()
+        behind = precise(student.index_select(0, last[ends] + 1))
         expected = behind.masked_fill(~chunks.begins_anew, -torch.inf).logsumexp(-1) - behind.logsumexp(-1)
         ours, theirs = ours.index_add(0, group[ends], expected), theirs.index_add(0, group[ends], chunks.boundary[ends])
         last = last[whole]

@@ -1,5 +1,6 @@
 from torch import Tensor
 
+from pipeline.signals.outcomes import precise
 from pipeline.signals.projection import SparseTarget
 
 
@@ -10,7 +11,7 @@ def uld(student: Tensor, values: SparseTarget) -> Tensor:
     pairs); all ranks beyond the teacher's kept tokens count as one. It knows no identities: a student that gives the right
     probabilities to the wrong tokens loses nothing. student: [N, V] logits.
     """
-    probs = (student.float() / values.temperature).softmax(-1)
+    probs = (precise(student) / values.column).softmax(-1)
     theirs = values.probs.sort(-1, descending=True).values[:, : probs.shape[-1]]  # the others are of the rest
     ours = probs.topk(theirs.shape[-1], -1).values * (theirs > 0)  # columns that only fill up have no mass
     return (ours - theirs).abs().sum(-1) + (ours.sum(-1) - theirs.sum(-1)).abs()

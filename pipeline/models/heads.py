@@ -1,5 +1,6 @@
-"""Logits at chosen positions only: the body once, then the head on the rows that are wanted."""
+"""Logits at chosen positions only: the body once, then the head on the rows that are wanted, all at once or some at a time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import InputError
+from pipeline.models.in_parts import LossOf, in_parts
 from pipeline.signals.vocabulary import Vocabulary
 
 
@@ -39,6 +41,13 @@ class RowLogits(nn.Module):
         head = self.model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None
         return head.weight.new_empty((rows, len(head.weight))) if plain else None
+
+    def loss(self, hidden: Tensor, parts: Sequence[tuple[int, int]], loss_of: LossOf) -> Tensor:
+        """As `in_parts`: the loss of the logits of hidden [N, H], of which only one part's exist at a time. In autocast's type where that is on."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            return in_parts(hidden, self.model.get_output_embeddings(), self.vocabulary_size, dtype, parts, lambda i, logits: loss_of(i, _capped(logits, self.softcap)))
 
     @property
     def softcap(self) -> float | None:

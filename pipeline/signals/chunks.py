@@ -35,6 +35,11 @@ class Chunks:
     boundary: Tensor | None = None  # float32 [C]
     begins_anew: Tensor | None = None  # bool [V_student]
 
+    def rows(self, first: int, rows: slice, chunks: slice) -> "Chunks":
+        """Those of a part of the batch that begins at row `first`; `rows` and `chunks` say where they lie."""
+        boundary = None if self.boundary is None else self.boundary[chunks]
+        return Chunks(self.row[rows] - first, self.chunk[rows] - chunks.start, self.last[chunks] - first, self.logprob[chunks], self.goes_on[chunks], boundary, self.begins_anew)
+
     def to(self, device: torch.device) -> "Chunks":
         return replace(self, **{field.name: value.to(device) for field in fields(self) if (value := getattr(self, field.name)) is not None})
 

@@ -68,28 +68,40 @@ class SparseTarget:
     ids: Tensor  # int64 [N, C]
     probs: Tensor  # float32 [N, C]
     rest: Tensor  # float32 [N] the mass of all other tokens
-    temperature: float
+    temperature: float | Tensor  # one for all, or float32 [N]
     log_ratio: Tensor | None = None  # float32 [V] the student's own shares are multiplied by exp of it
     log_tail: Tensor | None = None  # float32 [N, V] the rest is shared out in proportion to exp of it
 
     def to(self, device: torch.device) -> "SparseTarget":
-        tensors = {name: value.to(device) for name in ("ids", "probs", "rest", "log_ratio", "log_tail") if (value := getattr(self, name)) is not None}
+        tensors = {name: value.to(device) for name in ("ids", "probs", "rest", "temperature", "log_ratio", "log_tail") if isinstance(value := getattr(self, name), Tensor)}
         return replace(self, **tensors)
+
+    def rows(self, which: slice) -> "SparseTarget":
+        return replace(self, **{name: value[which] for name in ("ids", "probs", "rest", "temperature", "log_tail") if isinstance(value := getattr(self, name), Tensor)})
+
+    @property
+    def column(self) -> float | Tensor:
+        """The temperature, to divide logits [N, V] by."""
+        return self.temperature[:, None] if isinstance(self.temperature, Tensor) else self.temperature
+
+    @property
+    def shapes_rest(self) -> bool:
+        """Whether it says how its rest is shared out."""
+        return self.log_ratio is not None or self.log_tail is not None
 
     def top(self) -> Tensor:
         """int64 [N]: the student token with the most mass."""
         return self.ids.gather(-1, self.probs.argmax(-1, keepdim=True))[:, 0]
 
-    def log_shares(self, log_student: Tensor) -> Tensor | None:
-        """float32 [N, V]: log of each other token's share of the rest; None: as the student has it.
+    def log_shares(self, log_student: Tensor) -> Tensor:
+        """[N, V]: log of each other token's share of the rest, where `shapes_rest`.
 
         log_student: the student's log-shares of its own rest, very low for the target's tokens.
         """
-        if self.log_ratio is not None:
-            return (log_student + self.log_ratio).log_softmax(-1)
         if self.log_tail is not None:
             return self.log_tail.scatter(-1, self.ids, NO_SHARE).log_softmax(-1)
-        return None
+        assert self.log_ratio is not None
+        return (log_student + self.log_ratio).log_softmax(-1)
 
 
 NO_SHARE = -1e9

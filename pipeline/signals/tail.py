@@ -47,7 +47,7 @@ def student_sums(student: Tensor, target: SparseTarget) -> Tensor:
 
     student: [N, V] logits.
     """
-    log_shares = (student.float() / target.temperature).scatter(-1, target.ids, NO_SHARE).log_softmax(-1)
+    log_shares = (student.float() / target.column).scatter(-1, target.ids, NO_SHARE).log_softmax(-1)
     return target.rest @ log_shares.exp()
 
 
@@ -57,11 +57,11 @@ def log_ratio(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.nan_to_num(ratio, nan=0.0).clamp(-FARTHEST, FARTHEST).float()
 
 
-def placed_logits(logits: Tensor, kept: tuple[Tensor, Tensor], temperature: float, student_id: Tensor, student_size: int) -> Tensor:
+def placed_logits(logits: Tensor, kept: tuple[Tensor, Tensor], temperature: float | Tensor, student_id: Tensor, student_size: int) -> Tensor:
     """float32 [N, V_student]: the log of the share of the teacher's rest that goes to each student token by the map, up to a constant per row.
 
     logits: [N, V_teacher] of the teacher. kept: int64 [E] and [E], rows and the teacher's tokens that are no part of the rest
-    there: where their mass goes is known, and may be elsewhere than the map says. student_id: int64 [V_teacher]; REST: none.
+    there: where their mass goes is known, and may be elsewhere than the map says. temperature: one, or [N, 1]. student_id: int64 [V_teacher]; REST: none.
     """
     placed = (student_id != REST).nonzero()[:, 0]
     probs = (logits.float() / temperature).index_put(kept, logits.new_tensor(NO_SHARE, dtype=torch.float32)).softmax(-1)

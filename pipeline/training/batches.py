@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -33,12 +34,40 @@ class Batch:
     attention: list[AttentionTarget] | None  # one for each layer that is compared
     tokens: int
     """Without padding."""
+    cuts: "list[Cut]"
+    """The parts of which logits are made."""
+
+    def part(self, cut: "Cut") -> "Batch":
+        """The rows of a part, as a batch; of attention, which is no row's of logits, nothing."""
+        rows, known = cut.rows, cut.known
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in ("rows", "realised", "weights", "record")},
+            known=self.known[known] - rows.start,
+            known_weights=self.known_weights[known],
+            teacher=None if self.teacher is None or known.start == known.stop else self.teacher.rows(known),
+            states=None if self.states is None else self.states.rows(known, cut.kept),
+            chunks=None if self.chunks is None else self.chunks.rows(rows.start, cut.chunk_rows, cut.chunks),
+            attention=None,
+            cuts=[],
+        )
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights")}
         others = {name: value.to(device) for name in ("teacher", "states", "chunks") if (value := getattr(self, name)) is not None}
         attention = None if self.attention is None else [target.to(device) for target in self.attention]
         return replace(self, **moved, **others, attention=attention)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a part lies in a batch's flat lists."""
+
+    rows: slice
+    known: slice
+    kept: slice  # of states
+    chunk_rows: slice
+    chunks: slice
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,9 @@ class TeacherStates:
         hidden, scale, kept, ids = (torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ("hidden", "scale", "kept", "ids"))
         return cls(hidden, scale, torch.repeat_interleave(kept), ids.long())
 
+    def rows(self, known: slice, kept: slice) -> "TeacherStates":
+        return TeacherStates(self.hidden[known], self.scale[known], self.row[kept] - known.start, self.id[kept])
+
     def to(self, device: torch.device) -> "TeacherStates":
         return TeacherStates(*(getattr(self, name).to(device) for name in ("hidden", "scale", "row", "id")))
 
@@ -69,10 +101,12 @@ def make_batch(
     begins_anew: Tensor | None = None,
     attention: list[list[Matched]] | None = None,
     groups: int = 1,
+    rows_at_once: int = 2**62,
 ) -> Batch:
     """One batch; `projected` is None for records without a teacher's word, `chunks` and `attention` where none are asked for.
 
     stored: the cache's temperatures; begins_anew: see Chunks. attention: for each layer all records' rows, of so many groups of heads.
+    rows_at_once: how many rows are in a part at most; where chunks are asked for, which reach over rows, a part is at least a record.
     """
     width = -(-max(len(tokens) for tokens in records) // 8) * 8
     ids = np.zeros((len(records), width), dtype=np.int64)
@@ -92,6 +126,8 @@ def make_batch(
     known_rows = np.concatenate([*known, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     weight = np.asarray(weights, dtype=np.float32)[record]
     reliability = np.concatenate([*(word.reliability for word in words), np.zeros(0, dtype=np.float32)])
+    states = TeacherStates.joined([word.states for word in words if word.states]) if words and words[0].states else None
+    spanning = None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records], begins_anew)
     return Batch(
         ids=torch.from_numpy(ids),
         rows=torch.from_numpy(np.concatenate(rows)),
@@ -101,11 +137,35 @@ def make_batch(
         known=torch.from_numpy(known_rows),
         known_weights=torch.from_numpy(weight[known_rows] * reliability),
         teacher=at_temperature(words, stored, temperature) if words else None,
-        states=TeacherStates.joined([word.states for word in words if word.states]) if words and words[0].states else None,
-        chunks=None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records], begins_anew),
+        states=states,
+        chunks=spanning,
         attention=None if attention is None else [attention_target(layer, [tokens.answer_positions() for tokens in records], width, groups) for layer in attention],
         tokens=sum(len(tokens) for tokens in records),
+        cuts=_cuts(_ends([len(part) for part in rows], rows_at_once, spanning is not None), known_rows, states, spanning),
     )
+
+
+def _ends(records: list[int], rows_at_once: int, whole: bool) -> list[int]:
+    """Where parts end. records: rows of each; whole: no record is in two parts."""
+    if not whole:
+        total = sum(records)
+        return [*range(rows_at_once, total, rows_at_once), total]
+    ends = [0, 0]
+    for count in records:
+        if ends[-1] + count - ends[-2] > rows_at_once and ends[-1] > ends[-2]:
+            ends.append(ends[-1])
+        ends[-1] += count
+    return ends[1:]
+
+
+def _cuts(ends: list[int], known: np.ndarray, states: TeacherStates | None, chunks: Chunks | None) -> list[Cut]:
+    """known, and the flat lists of states and chunks, ascend."""
+    bounds = np.array([0, *ends])
+    of_known = np.searchsorted(known, bounds)
+    none = np.zeros_like(bounds)
+    lists = [bounds, of_known, none if states is None else np.searchsorted(states.row.numpy(), of_known)]
+    lists += [none, none] if chunks is None else [np.searchsorted(chunks.row.numpy(), bounds), np.searchsorted(chunks.last.numpy(), bounds)]
+    return [Cut(*(slice(begin, end) for begin, end in part)) for part in zip(*(pairwise(places.tolist()) for places in lists), strict=True)]
 
 
 def made_ahead(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

@@ -30,7 +30,12 @@ class Part:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.where_known or "chunks" in self.asks_for or "attention" in self.asks_for
+        return self.where_known or self.looks or "chunks" in self.asks_for
+
+    @property
+    def looks(self) -> bool:
+        """Whether it is about attention, not about logits."""
+        return "attention" in self.asks_for
 
     @property
     def where_known(self) -> bool:
@@ -55,30 +60,38 @@ def mass(batch: Batch) -> Tensor:
     return torch.stack([weights.double().sum() for weights in (batch.weights, batch.known_weights, looked)])
 
 
-def loss_of(
-    objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None, attended: Attended | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """This batch's share of the step's loss (a sum over batches gives the whole), and each part's share without its weight.
+def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """This batch's share of the step's loss (a sum over batches gives the whole), and each part's share without its weight; without attention's.
 
     logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices. log_ratio and log_tail
-    say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget). attended:
-    for the part that compares attention.
+    say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget).
     """
     shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
-    everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks, "attention": attended}
-    where_known: dict[str, Any] = {"student": logits.index_select(0, batch.known), "realised": batch.realised[batch.known], "teacher": batch.teacher, "values": batch.teacher}
+    everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
+    known = logits if len(batch.known) == len(logits) else logits.index_select(0, batch.known)
+    where_known: dict[str, Any] = {"student": known, "realised": batch.realised[batch.known], "teacher": batch.teacher, "values": batch.teacher}
     shares: dict[str, Tensor] = {}
-    whole = logits[:0].float().sum()  # 0, but of the graph: a batch without any word of the teacher can be gone back through
+    whole = logits[:0].sum(dtype=torch.promote_types(logits.dtype, torch.float32))  # 0, but of the graph: a batch without any word of the teacher can be gone back through
     for part in objective:
-        if part.where_known and batch.teacher is None:
+        if part.looks or (part.where_known and batch.teacher is None):
             continue
         given = where_known if part.where_known else everything
         if part.tail != "rest" and batch.teacher is not None:
             given = given | {"teacher": replace(batch.teacher, **shared_out[part.tail])}
         values = part.function(*(given[name] for name in part.asks_for), **part.options)
         weights = batch.known_weights if part.where_known else batch.weights
-        over = 2 if "attention" in part.asks_for else int(part.where_known)
-        share = (values * weights).sum() / total[over].clamp(min=1e-9).float()
+        share = _mean(values, weights, total[int(part.where_known)])
         shares[part.name] = share.detach()
         whole = whole + part.weight * share
     return whole, shares
+
+
+def attention_loss_of(objective: list[Part], batch: Batch, attended: Attended, total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """As loss_of, of the part that compares attention."""
+    part = next(part for part in objective if part.looks)
+    share = _mean(part.function(attended, **part.options), batch.weights, total[2])
+    return part.weight * share, {part.name: share.detach()}
+
+
+def _mean(values: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    return (values * weights).sum() / total.clamp(min=1e-9).float()
