@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.errors import ConfigError
 from pipeline.lookup import nearest, option_types, parameters
 from pipeline.options import Count, Number, Positive, Share
+from pipeline.training.schedules import value_at
 
 SECRET = re.compile(r"://[^/@\s]+@|\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})\b")
 Revision = Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
@@ -256,6 +257,20 @@ class Schedule(Section):
         return self
 
 
+class Weights(Section):
+    """A schedule that may begin at 0."""
+
+    start: float = Field(alias="from", ge=0)
+    end: float = Field(alias="to", ge=0)
+    schedule: Literal["linear", "cosine", "exponential"] = "linear"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Weights":
+        if self.schedule == "exponential" and min(self.start, self.end) <= 0:
+            raise ValueError("an exponential schedule cannot begin at 0 or reach it; give a small number instead")
+        return self
+
+
 def _number_is_constant(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"from": float(value), "to": float(value), "schedule": "constant"}
@@ -269,7 +284,8 @@ class Objective(Named):
     kind, field = "losses", "loss"
     loss: str
     """A file in pipeline/losses/."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[float, Field(ge=0)] | Weights = 1.0
+    """A number, or a schedule of one over the steps."""
     tail: Literal["rest", "calibrated", "hidden"] = "rest"
     """How the mass that the teacher gives to unkept tokens is shared out among them: as the student does; so that each token's
     average is the teacher's; or exactly, from hidden states that were kept."""
@@ -280,6 +296,14 @@ class Objective(Named):
         if self.tail != "rest" and not self.takes("teacher"):
             raise ValueError(f"tail has no effect on {self.loss}, which does not compare tokens with the teacher's; leave it out")
         return self
+
+    @property
+    def most(self) -> float:
+        """Its weight where that is largest; 0: it takes no part."""
+        return self.weight if isinstance(self.weight, float) else max(self.weight.start, self.weight.end)
+
+    def weight_at(self, step: int, steps: int) -> float:
+        return self.weight if isinstance(self.weight, float) else value_at(step, steps, self.weight.start, self.weight.end, self.weight.schedule)
 
     def needs_teacher(self) -> bool:
         return any(self.takes(what) for what in ("teacher", "values", "chunks", "attention"))
@@ -297,11 +321,45 @@ class Validation(Section):
     """Which student is the result: the one with the lowest validation loss, or the last."""
 
 
+class Curriculum(Section):
+    """Which records are trained on when. Give one of order, share and epochs."""
+
+    by: Literal["entropy", "cross_entropy", "specialty"]
+    """How hard a record is, out of the cache: the teacher's mean entropy, or how unlikely it finds the answer. Or its specialty."""
+    order: Literal["ascending", "descending"] | None = None
+    """Every pass goes from the easy to the hard (in ten equal parts), or back; by specialty: one after another."""
+    share: Scheduled | None = None
+    """Only the easiest share of the records, such as {from: 0.2, to: 1.0}, over the steps (competence-based, arXiv 1903.09848)."""
+    epochs: Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)] | None = None
+    """By specialty: those of each pass ("all": every one); the last ones stay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Curriculum":
+        if sum(way is not None for way in (self.order, self.share, self.epochs)) != 1:
+            raise ValueError("give one of order, share and epochs")
+        if self.epochs is not None and self.by != "specialty":
+            raise ValueError(f"epochs name specialties: take `by: specialty` with them, or order or share with `by: {self.by}`")
+        if self.share is not None and self.by == "specialty":
+            raise ValueError("no specialty is easier than another: take order or epochs with `by: specialty`, or share with `by: entropy`")
+        if self.share is not None and not (self.share.end > 0 and max(self.share.start, self.share.end) <= 1):
+            raise ValueError("share goes from above 0 to 1 at most")
+        return self
+
+
+class TokenTemperature(Section):
+    strength: Annotated[float, Field(gt=0, le=2)] = 0.5
+    """Tokens go from `temperature` times exp(strength) for those that the student has right to exp(-strength) for the hardest; 1 at least."""
+
+
 class Training(Section):
     objective: Annotated[list[Objective], Field(min_length=1)] = [Objective(loss="forward_kl", weight=0.7), Objective(loss="cross_entropy", weight=0.3)]
     temperature: Scheduled = Schedule.constant(1.0)
-    specialty_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Factor on the records of a specialty; 1 for those not named."""
+    token_temperature: TokenTemperature | None = None
+    """Each token a temperature of its own, lower where teacher and student are far apart (AdaKD, arXiv 2510.11615, IDTS)."""
+    specialty_weights: Literal["inverse_frequency", "current_loss"] | dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Factor on the records of a specialty; 1 for those not named. inverse_frequency: all weigh the same together; current_loss: in
+    proportion to the student's loss on each lately. Both have a mean of 1 over the records."""
+    curriculum: Curriculum | None = None
     steps: Positive | None = None
     epochs: Number | None = None
     """Instead of steps: passes over the training records."""
@@ -315,7 +373,12 @@ class Training(Section):
     """bf16: matrix products in bfloat16 (autocast), weights and optimizer in float32."""
     seed: Count = 0
     validation: Validation | None = None
-    """The objective, at the last temperature and with `tail: rest`, on records that are not trained on."""
+    """The objective, at the last temperature and weights and with `tail: rest`, on records that are not trained on."""
+
+    @property
+    def hottest(self) -> float:
+        """The highest temperature that any token can have."""
+        return max(self.temperature.start, self.temperature.end) * (exp(self.token_temperature.strength) if self.token_temperature else 1.0)
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
@@ -323,9 +386,13 @@ class Training(Section):
             raise ValueError("temperature must be at least 1 throughout: the cache holds the unkept mass at 1 and above")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
-        if not any(part.weight > 0 for part in self.objective):
+        if not any(part.most > 0 for part in self.objective):
             raise ValueError("every weight of the objective is 0")
-        if sum(part.takes("attention") for part in self.objective if part.weight > 0) > 1:
+        if self.token_temperature and any(part.tail == "calibrated" for part in self.objective if part.most > 0):
+            raise ValueError("token_temperature has no one temperature for `tail: calibrated` to be calibrated at; take `tail: rest` or `hidden`")
+        if self.token_temperature and any(part.takes("values") for part in self.objective if part.most > 0):
+            raise ValueError("token_temperature asks which tokens the student has right, and uld knows no tokens; leave one of them out")
+        if sum(part.takes("attention") for part in self.objective if part.most > 0) > 1:
             raise ValueError("only one loss of the objective can compare attention")
         return self
 
@@ -382,18 +449,18 @@ class Experiment(Section):
     def check_cache_suffices(self) -> None:
         """ConfigError if training asks for what a cache of these targets will not hold: better now than after the teacher has run."""
         logits = self.targets.logits
-        tails = {part.tail for part in self.training.objective if part.weight > 0}
-        taught = any(part.takes("teacher") or part.takes("values") for part in self.training.objective if part.weight > 0)
-        if not logits.boundary and any(part.loss == "alm" and part.options().get("boundary") for part in self.training.objective if part.weight > 0):
+        tails = {part.tail for part in self.training.objective if part.most > 0}
+        taught = any(part.takes("teacher") or part.takes("values") for part in self.training.objective if part.most > 0)
+        if not logits.boundary and any(part.loss == "alm" and part.options().get("boundary") for part in self.training.objective if part.most > 0):
             raise ConfigError("training.objective has alm with `boundary: true`, which needs `targets.logits.boundary: true`. Add that, or leave `boundary` out.")
         for part in self.training.objective:
-            if part.weight > 0 and part.takes("attention"):
+            if part.most > 0 and part.takes("attention"):
                 self._check_attention(part)
         if "hidden" in tails and logits.hidden is None:
             raise ConfigError("training.objective has `tail: hidden`, which needs `targets.logits.hidden: int8`. Add that, or take `tail: calibrated`.")
         if logits.method == "sampled" and (shaped := sorted(tails - {"rest"})):
             raise ConfigError(f"training.objective has `tail: {shaped[0]}`, and with `targets.logits.method: sampled` there is no tail. Take `tail: rest`.")
-        if logits.method == "sampled" and taught and max(self.training.temperature.start, self.training.temperature.end) > 1:
+        if logits.method == "sampled" and taught and self.training.hottest > 1:
             raise ConfigError("training.temperature is above 1, and draws (`targets.logits.method: sampled`) are unbiased at 1 only. Set it to 1, or take `method: head`.")
 
     def _check_attention(self, part: Objective) -> None:
@@ -405,11 +472,11 @@ class Experiment(Section):
             raise ConfigError(f"training.objective compares the teacher's layer {missing[0]}, and targets.attention.layers keeps {kept.layers}. Add it there, or compare another.")
 
     def without_teacher(self) -> "Experiment":
-        """The SFT-only control: the losses that need no teacher, their weights made to sum to 1 so that variants share one; all else is equal."""
-        rest = [part for part in self.training.objective if part.weight > 0 and not part.needs_teacher()] or [Objective(loss="cross_entropy")]
-        share = 1 / sum(part.weight for part in rest)
-        rest = [part.model_copy(update={"weight": part.weight * share}) for part in rest]
-        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": Schedule.constant(1.0)})})
+        """The SFT-only control: the losses that need no teacher, their weights constant and made to sum to 1 so that variants share one; all else is equal."""
+        rest = [part for part in self.training.objective if part.most > 0 and not part.needs_teacher()] or [Objective(loss="cross_entropy")]
+        share = 1 / sum(part.most for part in rest)
+        rest = [part.model_copy(update={"weight": part.most * share}) for part in rest]
+        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": Schedule.constant(1.0), "token_temperature": None})})
 
 
 class Ablation(Section):

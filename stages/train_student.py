@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.cache.order import Order
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache, Example, Place
 from pipeline.config import Machine, Student, Training
@@ -33,6 +33,7 @@ from pipeline.running.runner import Inputs
 from pipeline.running.stopping import asked, one_by_one
 from pipeline.signals.attention import Attended, Cells, Matched, cells_of, head_groups, matched, proportional
 from pipeline.signals.chunks import chunked
+from pipeline.signals.projection import at_temperature
 from pipeline.signals.records import Tokens
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.signals.vocabulary import begins_anew
@@ -41,6 +42,8 @@ from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.objective import Part, attention_loss_of, loss_of, mass, parts
 from pipeline.training.schedules import learning_rate_at, value_at
+from pipeline.training.specialties import Specialties
+from pipeline.training.token_temperature import TokenTemperature
 
 KEEP_CHECKPOINTS = 2
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -50,7 +53,8 @@ LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 def run(student: Student, training: Training, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision="bf16" if training.precision == "bf16" else "no", cpu=device_named(machine.device).type == "cpu")
     memory = PeakMemory(accelerator.device)
-    objective = parts([(part.loss, part.weight, part.options(), part.tail) for part in training.objective])
+    objective = parts([(part.loss, part.most, part.options(), part.tail) for part in training.objective])
+    counting = [part for part in training.objective if part.most > 0]
     tails = {part.tail for part in objective}
     cached = inputs["cache-teacher"]
     looks = next((part for part in objective if "attention" in part.asks_for), None)
@@ -61,13 +65,13 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
     refused = {tuple(place) for place in inputs["fit-projection"].summary.get("refused", {}).values()}
     watched = _put_aside(cache, training, refused)
-    order = Order(cache, training.seed, training.batch_records, refused | set(watched))
+    order = Order(cache, training.seed, training.batch_records, refused | set(watched), training.curriculum)
     with_teacher = any(part.needs_teacher for part in objective)
     with_targets, with_chunks = any(part.where_known for part in objective), any("chunks" in part.asks_for for part in objective)
-    hottest = max(training.temperature.start, training.temperature.end)
+    hottest = training.hottest
     if with_targets and hottest > max(cache.temperatures):
         raise InputError(
-            f"training.temperature goes up to {hottest:g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
+            f"training.temperature goes up to {hottest:.3g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
         )
     if with_targets and hottest > 1 and cache.about["method"] == "sampled":
         raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
@@ -75,8 +79,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
     if view.fitted.form == "values" and (shaped := tails - {"rest"}):
         raise InputError(f"projection.method {view.fitted.method} gives distributions of its own, whose tail is not the teacher's: `tail: {min(shaped)}` cannot shape it. Use `tail: rest`.")
-    _check_specialties(training, cache.about["specialties"])
-    steps = _steps(training, order.count)
+    specialty_of = cache.specialties("train")
+    specialties = Specialties((name for place, name in specialty_of.items() if place not in refused), training.specialty_weights, accelerator.device)
+    _check_specialties(training.specialty_weights, specialties.names)
+    steps = _steps(training, order)
 
     model = load_student(source, student.revision, student.layers, accelerator.device)
     if machine.gradient_checkpointing:
@@ -90,6 +96,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     rows_at_once = max(1, LOGITS_BYTES[accelerator.device.type] // (4 * module.vocabulary_size))
     begins = torch.from_numpy(begins_anew(tokenizer.vocabulary))[: module.vocabulary_size]
     student_id = torch.from_numpy(view.fitted.student_id.astype("int64")).to(accelerator.device)
+    adaptive = TokenTemperature(training.token_temperature.strength, max(cache.temperatures), accelerator.device) if training.token_temperature and with_targets else None
     optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
 
     def batches_of(examples: Iterable[Example], temperature: float) -> list[Batch]:
@@ -102,22 +109,30 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             chunks = [chunked(example.tokens, example.targets, tokens) for tokens, example in micro] if with_chunks else None
             cells = [cells_of(example.tokens, tokens) for tokens, example in micro] if pairs else []
             attention = [[_looked(example, tokens, layer, groups, cell) for (tokens, example), cell in zip(micro, cells, strict=True)] for layer, _ in pairs] if pairs else None
-            weights = [example.record.weight * training.specialty_weights.get(example.record.specialty or "", 1.0) for _, example in micro]
-            batches.append(make_batch([tokens for tokens, _ in micro], words, weights, cache.temperatures, temperature, chunks, begins, attention, groups, rows_at_once))
+            weights = [example.record.weight for _, example in micro]
+            of_specialty = [specialties.index[specialty_of[example.place]] for _, example in micro]
+            at = 1.0 if adaptive else temperature
+            ours = [tokens for tokens, _ in micro]
+            batches.append(make_batch(ours, words, weights, cache.temperatures, at, chunks, begins, attention, groups, rows_at_once, of_specialty, adaptive is not None))
         return batches
 
-    def losses_of(batch: Batch, total: torch.Tensor, objective: list[Part], calibration: Calibration | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the loss, and of each part of the objective; what the student says goes into the calibration."""
+    def losses_of(batch: Batch, total: torch.Tensor, objective: list[Part], temperature: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The batch's share of the loss, of each part of the objective, and the sums by specialty. Where the student learns, what else it says is kept, too."""
         shares: dict[str, torch.Tensor] = {}
+        by_specialty = torch.zeros((len(objective), len(specialties.names), 2), device=accelerator.device)
+        hidden_tail = any(part.tail == "hidden" for part in objective)
 
         def of_rows(i: int, logits: torch.Tensor) -> torch.Tensor:
             part = batch.part(batch.cuts[i])
+            if adaptive and part.teacher is not None and part.words is not None:
+                wanted = adaptive.of_rows(logits[part.known], part.teacher, temperature) if learns else torch.full_like(part.known_weights, temperature)
+                part = replace(part, teacher=at_temperature([part.words], cache.temperatures, wanted.double().cpu().numpy()).to(accelerator.device))
             log_tail = None
-            if teacher_head and part.states and part.teacher and any(each.tail == "hidden" for each in objective):
+            if teacher_head and hidden_tail and part.states and part.teacher:
                 states = part.states
                 log_tail = placed_logits(teacher_head(states.hidden, states.scale), (states.row, states.id), part.teacher.column, student_id, module.vocabulary_size)
-            loss, found = loss_of(objective, part, logits, total, calibration.log_ratio() if calibration else None, log_tail)
-            if calibration and part.teacher is not None:
+            loss, found = loss_of(objective, part, logits, total, calibration.log_ratio() if calibration else None, log_tail, by_specialty)
+            if calibration and learns and part.teacher is not None:
                 calibration.add(logits[part.known], part.teacher)
             for name, share in found.items():
                 shares[name] = shares.get(name, 0) + share
@@ -131,13 +146,16 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if attending and batch.attention:
             looked, found = attention_loss_of(objective, batch, Attended(len(batch.rows), list(zip(batch.attention, attending.masses(), strict=True))), total)
             loss, shares = loss + looked, shares | found
-        return loss, torch.stack([shares.get(part.name, loss.new_zeros(())) for part in objective])
+        return loss, torch.stack([shares.get(part.name, loss.new_zeros(())) for part in objective]), by_specialty
 
     def of_this_process(places: list[Place]) -> list[Example]:
         return [cache.example(place) for place in places[accelerator.process_index :: accelerator.num_processes]]
 
     def batches_of_step(step: int) -> list[Batch]:
-        return batches_of(of_this_process(order.of_step(step)), _temperature(training, step, steps))
+        return batches_of(of_this_process(order.of_step(step, steps)), _temperature(training, step, steps))
+
+    def objective_at(step: int) -> list[Part]:
+        return [replace(part, weight=given.weight_at(step, steps)) for part, given in zip(objective, counting, strict=True)]
 
     def total_of(batches: list[Batch]) -> torch.Tensor:
         none = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -149,8 +167,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         module.eval()
         here = [batch.to(accelerator.device) for batch in aside]
         total, loss = total_of(here), torch.zeros((), device=accelerator.device)
+        last = [replace(part, tail="rest") for part in objective_at(steps - 1)]
         for batch in here:
-            loss += losses_of(batch, total, [replace(part, tail="rest") for part in objective])[0]
+            loss += losses_of(batch, total, last, training.temperature.end, learns=False)[0]
         module.train()
         value = float(accelerator.reduce(loss, "sum"))
         if not math.isfinite(value):
@@ -158,7 +177,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         return value
 
     out.plan("steps", steps)
-    state = calibration.state if calibration else {}
+    state = specialties.state | (calibration.state if calibration else {}) | (adaptive.state if adaptive else {})
     begin = _resume(out, module, optimizer, state, accelerator.is_main_process)
     aside = batches_of(of_this_process(watched), training.temperature.end)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
@@ -166,15 +185,18 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
 
     for step, batches in one_by_one(zip(range(begin, steps), made_ahead(batches_of_step, range(begin, steps), machine.workers), strict=True)):
         torch.manual_seed(_seed(training.seed, step, accelerator.process_index))
-        here = [batch.to(accelerator.device) for batch in batches]
+        now, temperature = objective_at(step), _temperature(training, step, steps)
+        here = [batch.to(accelerator.device).weighted(specialties.factors()) for batch in batches]
         total = total_of(here)
         sums = torch.zeros(len(objective) + 2, device=accelerator.device)
+        by_specialty = torch.zeros((len(objective), len(specialties.names), 2), device=accelerator.device)
         for batch in here:
-            loss, shares = losses_of(batch, total, objective, calibration)
+            loss, shares, of_specialty = losses_of(batch, total, now, temperature, learns=True)
             loss.backward()
             sums[:-1] += torch.cat([loss.detach()[None], shares])
+            by_specialty += of_specialty
         sums[-1] = asked()  # any process may have been told to stop
-        sums = accelerator.reduce(sums, "sum")
+        sums, by_specialty = accelerator.reduce(sums, "sum"), accelerator.reduce(by_specialty, "sum")
         if accelerator.num_processes > 1:
             _sum_gradients(model, accelerator)
         if not torch.isfinite(sums[0]):
@@ -187,12 +209,21 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if calibration:
-            calibration.step(_temperature(training, step, steps), accelerator)
+            calibration.step(temperature, accelerator)
+        if adaptive:
+            adaptive.step(accelerator)
+        weights = dict(zip(specialties.names, specialties.factors().tolist(), strict=True))
+        of_each = specialties.step(by_specialty * torch.tensor([part.weight for part in now], device=accelerator.device)[:, None, None])
 
         losses = {part.name: value for part, value in zip(objective, sums[1:-1].tolist(), strict=True)}
         if training.validation and ((step + 1) % training.validation.every == 0 or step + 1 == steps):
             losses["validation"] = validated()
-        log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=_temperature(training, step, steps), gradient_norm=float(norm))
+        if len(specialties.names) > 1:
+            losses |= {f"specialty/{name or 'none'}": value for name, value in of_each.items()}
+        if training.specialty_weights == "current_loss":
+            losses |= {f"specialty_weight/{name or 'none'}": weights[name] for name in of_each}
+        losses |= {f"weight/{part.name}": part.weight for part, given in zip(now, counting, strict=True) if not isinstance(given.weight, float)}
+        log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=temperature, gradient_norm=float(norm))
         progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
         stops = bool(sums[-1] > 0) and step + 1 < steps
         if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 in (steps, log.best) or stops):
@@ -215,28 +246,6 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = {"steps": steps, "records": order.count, "parameters": parameters, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
     return summary | ({"best_step": log.best} if log.best else {})
-
-
-class Order:
-    """Which examples an optimizer step takes: epoch after epoch in a seeded order, batches running across their ends."""
-
-    def __init__(self, cache: Cache, seed: int, batch_records: int, aside: Set[Place]) -> None:
-        """aside: records that no step takes."""
-        self._cache, self._seed, self._size, self._aside = cache, seed, batch_records, aside
-        self.count = sum(place not in aside for place in cache.order("train", seed, 0)) if aside else cache.count("train")
-        self._epochs: dict[int, list[Place]] = {}
-        self._lock = Lock()
-
-    def of_step(self, step: int) -> list[Place]:
-        with self._lock:
-            return [self._at(index) for index in range(step * self._size, (step + 1) * self._size)]
-
-    def _at(self, index: int) -> Place:
-        epoch, inside = divmod(index, self.count)
-        if epoch not in self._epochs:
-            self._epochs = {e: places for e, places in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = [place for place in self._cache.order("train", self._seed, epoch) if place not in self._aside]
-        return self._epochs[epoch][inside]
 
 
 class Log:
@@ -290,18 +299,22 @@ def _best(lines: list[str]) -> tuple[int | None, float]:
     return step, lowest
 
 
-def _check_specialties(training: Training, there: dict[str, int]) -> None:
-    unknown = [name for name in training.specialty_weights if name not in there]
+def _check_specialties(weights: str | dict[str, float], there: list[str]) -> None:
+    if isinstance(weights, str):
+        if there == [""]:
+            raise InputError(f"training.specialty_weights: {weights} balances specialties, and no training record of the cache has one. Leave it out, or give `specialty` among the data's fields.")
+        return
+    unknown = [name for name in weights if name not in there]
     if unknown:
         raise InputError(f"training.specialty_weights: no record of the cache has the specialty '{unknown[0]}'; {nearest(unknown[0], [name for name in there if name])}")
-    if all(training.specialty_weights.get(name, 1.0) == 0 for name in there):
+    if all(weights.get(name, 1.0) == 0 for name in there):
         raise InputError("training.specialty_weights: every record of the cache weighs 0. Leave some specialty in.")
 
 
-def _steps(training: Training, records: int) -> int:
-    if not records:
+def _steps(training: Training, order: Order) -> int:
+    if not order.count:
         raise InputError("The cache has no training records. Look at data.train, data.heldout and data.max_tokens.")
-    return training.steps or math.ceil((training.epochs or 0) * records / training.batch_records)
+    return training.steps or math.ceil(order.records_in(training.epochs or 0) / training.batch_records)
 
 
 def _temperature(training: Training, step: int, steps: int) -> float:

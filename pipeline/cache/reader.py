@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +115,32 @@ class Cache:
             window = [(shard, group, row) for shard, group, records in groups[begin : begin + WINDOW] for row in range(records)]
             places += sorted(window, key=lambda place: key(*place))
         return places
+
+    def specialties(self, split: str) -> dict[Place, str]:
+        """Each record's; "" for none."""
+        found: dict[Place, str] = {}
+        for shard in self.shards(split):
+            path = self._file(f"records-{shard:05d}.parquet")
+            with decoding(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for group in range(file.metadata.num_row_groups):
+                    names = read_rows(file, group, ["specialty"])["specialty"].to_pylist()
+                    found |= {(shard, group, row): name or "" for row, name in enumerate(names)}
+        return found
+
+    def difficulty(self, split: str, by: Literal["entropy", "cross_entropy"]) -> dict[Place, float]:
+        """Each record's mean, over its described positions, of the teacher's entropy, or of what it gives the token that follows; nats. 0 without positions."""
+        found: dict[Place, float] = {}
+        column, sign = ("entropy", 1.0) if by == "entropy" else ("realised_logprob", -1.0)
+        for shard in self.shards(split):
+            path = self._file(f"logits-{shard:05d}.parquet")
+            with decoding(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for group in range(file.metadata.num_row_groups):
+                    lists = read_rows(file, group, [column])[column]
+                    ends, values = _offsets(lists), np.maximum(_values(lists).astype(np.float64), -1e4)
+                    sums = np.diff(np.concatenate([[0.0], np.cumsum(values)])[ends])
+                    means = sign * sums / np.maximum(np.diff(ends), 1)
+                    found |= {(shard, group, row): mean for row, mean in enumerate(means.tolist())}
+        return found
 
     def example(self, place: Place) -> Example:
         """One example; the row groups of a window stay decoded."""

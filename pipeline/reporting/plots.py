@@ -13,7 +13,11 @@ COLOURS = {"teacher": "#555555", "student_before": "#b0b0b0", "sft": "#d98c3f", 
 
 def plot_curves(path: Path, metrics: dict[str, list[dict[str, float]]], results: dict[str, Any]) -> None:
     """Training losses over the steps, and the held-out divergence and bits per byte of every model."""
-    losses = sorted({key for rows in metrics.values() for row in rows for key in row} - {"step", "loss", "learning_rate", "temperature", "gradient_norm"})
+    losses = sorted(
+        {key for rows in metrics.values() for row in rows for key in row}
+        - {"step", "loss", "learning_rate", "temperature", "gradient_norm"}
+        - {key for rows in metrics.values() for row in rows for key in row if "/" in key}
+    )
     bars = [("kl_to_teacher", "held-out KL to teacher (nats)"), ("bits_per_byte", "held-out bits per byte")]
     figure = Figure(figsize=(4 * (len(losses) + len(bars)), 3.6), layout="constrained")
     axes = figure.subplots(1, len(losses) + len(bars), squeeze=False)[0]

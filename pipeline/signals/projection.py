@@ -6,7 +6,7 @@ on the temperature. Mass is tempered before it is projected: projecting first wo
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ class Projected:
     reliability: np.ndarray  # float32 [P] 1 less the mass that went where it usually goes, whatever stood there, and that was left out
     row: np.ndarray  # int64 [P] the described position of the teacher that this one speaks of
     states: "States | None" = None
+
+    def rows(self, which: slice) -> "Projected":
+        """Some of its positions; without their states."""
+        ends = np.concatenate([[0], np.cumsum(self.entries)])
+        inside = slice(int(ends[which.start]), int(ends[which.stop]))
+        flat: dict[str, Any] = {name: None if (values := getattr(self, name)) is None else values[inside] for name in ("student_id", "logprobs", "log_share")}
+        each = {name: getattr(self, name)[which] for name in ("position", "entries", "unkept", "reliability", "row")}
+        return replace(self, **flat, **each, rests=self.rests[:, which], states=None)
 
 
 @dataclass(frozen=True)
@@ -291,18 +299,30 @@ def as_it_is(targets: Targets, vocabulary_size: int) -> Projected:
     )
 
 
-def at_temperature(records: list[Projected], stored: list[float], temperature: float) -> SparseTarget:
-    """The targets of several records (at least one position), flat, as distributions at one temperature >= 1.
+def together(records: list[Projected]) -> Projected:
+    """Their positions one after another; `position` and `row` still count in each record. Without their states."""
+    if len(records) == 1:
+        return records[0]
+    shares = None
+    if any(record.log_share is not None for record in records):
+        shares = np.concatenate([np.zeros(len(record.logprobs), np.float32) if record.log_share is None else record.log_share for record in records])
+    joined: dict[str, Any] = {name: np.concatenate([getattr(record, name) for record in records]) for name in ("position", "entries", "student_id", "logprobs", "unkept", "reliability", "row")}
+    return Projected(**joined, log_share=shares, rests=np.concatenate([record.rests for record in records], 1))
+
+
+def at_temperature(records: list[Projected], stored: list[float], temperature: float | np.ndarray) -> SparseTarget:
+    """The targets of several records (at least one position), flat, as distributions at one temperature >= 1, or at one for each position.
 
     Placed and unplaced mass of a position sum to 1; what is not placed is in the rest. Computed in float64.
     """
-    entries = np.concatenate([record.entries for record in records])
+    record = together(records)
+    entries = record.entries
     begins = np.cumsum(entries) - entries
     owner = np.repeat(np.arange(len(entries)), entries)
-    scaled = np.concatenate([record.logprobs for record in records]).astype(np.float64) / temperature
-    if any(record.log_share is not None for record in records):
-        scaled += np.concatenate([np.zeros(len(record.logprobs)) if record.log_share is None else record.log_share for record in records])
-    log_rest = rest_at(np.concatenate([record.rests for record in records], 1), stored, np.concatenate([record.unkept for record in records]), temperature)
+    scaled = record.logprobs.astype(np.float64) / (temperature[owner] if isinstance(temperature, np.ndarray) else temperature)
+    if record.log_share is not None:
+        scaled += record.log_share
+    log_rest = rest_at(record.rests, stored, record.unkept, temperature)
     top = np.maximum(log_rest, np.maximum.reduceat(scaled, begins))
     scaled -= np.repeat(top, entries)
     mass = np.exp(scaled, out=scaled)
@@ -311,7 +331,7 @@ def at_temperature(records: list[Projected], stored: list[float], temperature: f
     mass /= np.repeat(total, entries)
     rest /= total
 
-    ids = np.concatenate([record.student_id for record in records])
+    ids = record.student_id
     new = np.ones(len(ids), dtype=bool)  # each run of entries of one student token is a column
     new[1:] = (ids[1:] != ids[:-1]) | (owner[1:] != owner[:-1])
     placed = ids != REST
@@ -331,7 +351,12 @@ def at_temperature(records: list[Projected], stored: list[float], temperature: f
     padded[inside] = ids
     probs = np.zeros(inside.shape, dtype=np.float32)
     probs[inside] = mass
-    return SparseTarget(torch.from_numpy(padded), torch.from_numpy(probs), torch.from_numpy(rest.astype(np.float32)), temperature)
+    return SparseTarget(
+        torch.from_numpy(padded),
+        torch.from_numpy(probs),
+        torch.from_numpy(rest.astype(np.float32)),
+        torch.from_numpy(temperature.astype(np.float32)) if isinstance(temperature, np.ndarray) else temperature,
+    )
 
 
 def specials_to_specials(teacher: Vocabulary, student: Vocabulary, student_id: np.ndarray) -> np.ndarray:

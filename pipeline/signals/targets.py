@@ -29,25 +29,25 @@ class Targets:
     attention: dict[int, Rows] | None = None  # by layer, a row for each position (and head)
 
 
-def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperature: float) -> np.ndarray:
+def rest_at(rests: np.ndarray, stored: list[float], unkept: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
     """float64 [P]: the log of the sum over the tokens not kept of exp(logprob / temperature), at any temperature >= 1.
 
     Through the stored values and the one that is known for an infinite temperature, log(unkept), a polynomial in
-    1/temperature (Lagrange's form; exact at the stored temperatures). rests: [S, P]; unkept: [P], how many are not kept.
+    1/temperature (Lagrange's form; exact at the stored temperatures). rests: [S, P]; unkept: [P], how many are not kept. temperature: one, or [P].
     """
-    if temperature in stored:
+    if not isinstance(temperature, np.ndarray) and temperature in stored:
         return rests[stored.index(temperature)].astype(np.float64)
     nodes = np.array([1 / t for t in stored] + [0.0])
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.concatenate([np.maximum(rests, -1e4).astype(np.float64), np.log(unkept.astype(np.float64))[None]])
-        x = 1 / temperature
+        x = np.broadcast_to(1 / np.asarray(temperature, dtype=np.float64), rests.shape[1:])
         result = np.zeros(rests.shape[1])
         for i, node in enumerate(nodes):
-            others = np.delete(nodes, i)
-            result = result + values[i] * np.prod((x - others) / (node - others))
+            result = result + values[i] * np.prod([(x - other) / (node - other) for other in np.delete(nodes, i)], axis=0)
         # the true values are convex in 1/temperature: where a rest too faint for float32 bends the polynomial, the chord holds
-        left = int((nodes > x).sum()) - 1
-        result = np.minimum(result, values[left] + (values[left + 1] - values[left]) * (x - nodes[left]) / (nodes[left + 1] - nodes[left]))
+        left = np.maximum((nodes[:, None] > x).sum(0) - 1, 0)
+        low, high = (values[side, np.arange(len(x))] for side in (left, left + 1))
+        result = np.minimum(result, low + (high - low) * (x - nodes[left]) / (nodes[left + 1] - nodes[left]))
     # nothing unkept, or nothing left to them by design: no mass at any temperature
     return np.where((unkept > 0) & (rests > -np.inf).any(0), result, -np.inf)
 

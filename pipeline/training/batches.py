@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.signals.attention import AttentionTarget, Matched, attention_target
 from pipeline.signals.chunks import Chunked, Chunks, joined
-from pipeline.signals.projection import Projected, SparseTarget, States, at_temperature
+from pipeline.signals.projection import Projected, SparseTarget, States, at_temperature, together
 from pipeline.signals.records import Tokens
 
 T = TypeVar("T")
@@ -28,6 +28,7 @@ class Batch:
     record: Tensor  # int64 [N] which record a row belongs to
     known: Tensor  # int64 [M] the rows for which there is a word of the teacher
     known_weights: Tensor  # float32 [M] their weights times how reliable that word is
+    reliability: Tensor  # float32 [M]
     teacher: SparseTarget | None  # [M, C]; None if there is none
     states: "TeacherStates | None"  # if they were read
     chunks: Chunks | None
@@ -36,6 +37,16 @@ class Batch:
     """Without padding."""
     cuts: "list[Cut]"
     """The parts of which logits are made."""
+    specialty: Tensor | None = None  # int64 [N]
+    words: Projected | None = None
+    """What `teacher` was made from, where it is to be made at other temperatures."""
+
+    def weighted(self, factors: Tensor) -> "Batch":
+        """With the weights of the records of each specialty times its factor. factors: float32 [S]."""
+        if self.specialty is None:
+            return self
+        each = factors[self.specialty]
+        return replace(self, weights=self.weights * each, known_weights=self.known_weights * each[self.known])
 
     def part(self, cut: "Cut") -> "Batch":
         """The rows of a part, as a batch; of attention, which is no row's of logits, nothing."""
@@ -43,8 +54,11 @@ class Batch:
         return replace(
             self,
             **{name: getattr(self, name)[rows] for name in ("rows", "realised", "weights", "record")},
+            specialty=None if self.specialty is None else self.specialty[rows],
+            words=None if self.words is None else self.words.rows(known),
             known=self.known[known] - rows.start,
             known_weights=self.known_weights[known],
+            reliability=self.reliability[known],
             teacher=None if self.teacher is None or known.start == known.stop else self.teacher.rows(known),
             states=None if self.states is None else self.states.rows(known, cut.kept),
             chunks=None if self.chunks is None else self.chunks.rows(rows.start, cut.chunk_rows, cut.chunks),
@@ -53,8 +67,8 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights")}
-        others = {name: value.to(device) for name in ("teacher", "states", "chunks") if (value := getattr(self, name)) is not None}
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights", "reliability")}
+        others = {name: value.to(device) for name in ("teacher", "states", "chunks", "specialty") if (value := getattr(self, name)) is not None}
         attention = None if self.attention is None else [target.to(device) for target in self.attention]
         return replace(self, **moved, **others, attention=attention)
 
@@ -102,11 +116,14 @@ def make_batch(
     attention: list[list[Matched]] | None = None,
     groups: int = 1,
     rows_at_once: int = 2**62,
+    specialties: list[int] | None = None,
+    keep_words: bool = False,
 ) -> Batch:
     """One batch; `projected` is None for records without a teacher's word, `chunks` and `attention` where none are asked for.
 
     stored: the cache's temperatures; begins_anew: see Chunks. attention: for each layer all records' rows, of so many groups of heads.
     rows_at_once: how many rows are in a part at most; where chunks are asked for, which reach over rows, a part is at least a record.
+    specialties: of each record, by number. keep_words: for targets at other temperatures.
     """
     width = -(-max(len(tokens) for tokens in records) // 8) * 8
     ids = np.zeros((len(records), width), dtype=np.int64)
@@ -136,12 +153,15 @@ def make_batch(
         record=torch.from_numpy(record),
         known=torch.from_numpy(known_rows),
         known_weights=torch.from_numpy(weight[known_rows] * reliability),
+        reliability=torch.from_numpy(reliability),
         teacher=at_temperature(words, stored, temperature) if words else None,
         states=states,
         chunks=spanning,
         attention=None if attention is None else [attention_target(layer, [tokens.answer_positions() for tokens in records], width, groups) for layer in attention],
         tokens=sum(len(tokens) for tokens in records),
         cuts=_cuts(_ends([len(part) for part in rows], rows_at_once, spanning is not None), known_rows, states, spanning),
+        specialty=None if specialties is None else torch.from_numpy(np.asarray(specialties, dtype=np.int64)[record]),
+        words=together(words) if keep_words and words else None,
     )
 
 

@@ -60,11 +60,14 @@ def mass(batch: Batch) -> Tensor:
     return torch.stack([weights.double().sum() for weights in (batch.weights, batch.known_weights, looked)])
 
 
-def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(
+    objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, log_ratio: Tensor | None = None, log_tail: Tensor | None = None, by_specialty: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """This batch's share of the step's loss (a sum over batches gives the whole), and each part's share without its weight; without attention's.
 
     logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices. log_ratio and log_tail
     say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget).
+    by_specialty: float32 [parts, S, 2], to which each part's summed values and their summed reliability are added, without the records' weights.
     """
     shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
     everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
@@ -72,7 +75,7 @@ def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, 
     where_known: dict[str, Any] = {"student": known, "realised": batch.realised[batch.known], "teacher": batch.teacher, "values": batch.teacher}
     shares: dict[str, Tensor] = {}
     whole = logits[:0].sum(dtype=torch.promote_types(logits.dtype, torch.float32))  # 0, but of the graph: a batch without any word of the teacher can be gone back through
-    for part in objective:
+    for number, part in enumerate(objective):
         if part.looks or (part.where_known and batch.teacher is None):
             continue
         given = where_known if part.where_known else everything
@@ -83,6 +86,10 @@ def loss_of(objective: list[Part], batch: Batch, logits: Tensor, total: Tensor, 
         share = _mean(values, weights, total[int(part.where_known)])
         shares[part.name] = share.detach()
         whole = whole + part.weight * share
+        if by_specialty is not None and batch.specialty is not None:
+            of = batch.specialty[batch.known] if part.where_known else batch.specialty
+            sure = batch.reliability if part.where_known else torch.ones_like(weights)
+            by_specialty[number].index_add_(0, of, torch.stack([values.detach() * sure, sure], -1).float())
     return whole, shares
 
 

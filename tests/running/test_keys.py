@@ -264,6 +264,18 @@ SETTINGS = [
     setting("training.temperature.to", "1.5", spares_control=True),
     setting("training.temperature.schedule", "cosine", spares_control=True),
     setting("training.specialty_weights.eye", "2.0", also=("training.specialty_weights",)),
+    setting("training.specialty_weights", "inverse_frequency"),
+    setting("training.objective.0.weight.from", "0.6", spares_control=True, given=("training.objective.0.weight={from: 0.7, to: 0.3}",)),
+    setting("training.objective.0.weight.to", "0.2", spares_control=True, given=("training.objective.0.weight={from: 0.7, to: 0.3}",)),
+    setting("training.objective.0.weight.schedule", "cosine", spares_control=True, given=("training.objective.0.weight={from: 0.7, to: 0.3}",)),
+    setting("training.token_temperature.strength", "0.4", spares_control=True, given=("training.token_temperature={strength: 0.5}",)),
+    setting("training.curriculum.by", "cross_entropy", given=("training.curriculum={by: entropy, order: ascending}",)),
+    setting("training.curriculum.order", "descending", given=("training.curriculum={by: entropy, order: ascending}",)),
+    *(
+        setting(f"training.curriculum.share.{end}", value, given=("training.curriculum={by: entropy, share: {from: 0.5, to: 0.9}}",))
+        for end, value in (("from", "0.4"), ("to", "1.0"), ("schedule", "cosine"))
+    ),
+    setting("training.curriculum.epochs.0.0", "eye", given=("training.curriculum={by: specialty, epochs: [[ear]]}",)),
     setting("training.steps", "13"),
     setting("training.epochs", "2.0", also=("training.steps",), more=("training.steps=null",)),
     setting("training.batch_records", "4"),

@@ -124,8 +124,8 @@ def test_what_is_put_aside_is_never_trained_on_and_the_same_for_every_seed(place
     real = stage.Order.of_step
     put_aside = stage._put_aside
 
-    def of_step(self, step):
-        trained_on[-1].extend(places := real(self, step))
+    def of_step(self, step, steps):
+        trained_on[-1].extend(places := real(self, step, steps))
         return places
 
     def putting_aside(*arguments):
