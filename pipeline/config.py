@@ -418,6 +418,10 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     teacher_batch_records: Positive = 8
     student_micro_batch_records: Positive = 4
+    student_micro_batch_tokens: Positive | None = None
+    """Instead of records: so many tokens, padding included, go through the student at a time."""
+    packing: bool = False
+    """Records of a micro-batch are put into one row, none seeing another, so that nothing is padded."""
     workers: Count = 1
     """Threads that make the next batches ready while the model computes."""
     max_rejected: Share = 0.001

@@ -37,7 +37,7 @@ from pipeline.signals.projection import at_temperature
 from pipeline.signals.records import Tokens
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.signals.vocabulary import begins_anew
-from pipeline.training.batches import Batch, made_ahead, make_batch
+from pipeline.training.batches import Batch, made_ahead, make_batch, micro_batches
 from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.objective import Part, attention_loss_of, loss_of, mass, parts
@@ -88,6 +88,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
+    if machine.packing:
+        module.check_packing(student.model)
+        if looks:
+            raise InputError("machine.packing puts records into one row, and attention_match reads each record's own. Leave one of them out.")
     text = model.config.get_text_config()
     pairs, groups = _compared_layers(cache.about["attention"], looks, text.num_hidden_layers, text.num_attention_heads) if looks else ([], 1)
     attending = Attending(model, student.model, [ours for _, ours in pairs]) if pairs else None
@@ -103,8 +107,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         """Micro-batches, records of like length together."""
         rendered = sorted(((view.tokens(example), example) for example in examples), key=lambda pair: len(pair[0]))
         batches = []
-        for begin_at in range(0, len(rendered), machine.student_micro_batch_records):
-            micro = rendered[begin_at : begin_at + machine.student_micro_batch_records]
+        for those in micro_batches([len(tokens) for tokens, _ in rendered], machine.student_micro_batch_records, machine.student_micro_batch_tokens, machine.packing):
+            micro = rendered[those]
             words = [view.projected(example, tokens) if with_targets else None for tokens, example in micro]
             chunks = [chunked(example.tokens, example.targets, tokens) for tokens, example in micro] if with_chunks else None
             cells = [cells_of(example.tokens, tokens) for tokens, example in micro] if pairs else []
@@ -113,7 +117,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             of_specialty = [specialties.index[specialty_of[example.place]] for _, example in micro]
             at = 1.0 if adaptive else temperature
             ours = [tokens for tokens, _ in micro]
-            batches.append(make_batch(ours, words, weights, cache.temperatures, at, chunks, begins, attention, groups, rows_at_once, of_specialty, adaptive is not None))
+            batches.append(make_batch(ours, words, weights, cache.temperatures, at, chunks, begins, attention, groups, rows_at_once, of_specialty, adaptive is not None, machine.packing))
         return batches
 
     def losses_of(batch: Batch, total: torch.Tensor, objective: list[Part], temperature: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -141,7 +145,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if attending and batch.attention:
             attending.to(batch.attention)
         with accelerator.autocast():
-            hidden = module.hidden(batch.ids)[batch.rows]
+            hidden = module.hidden(batch.ids, batch.positions)[batch.rows]
             loss = module.loss(hidden, [(cut.rows.start, cut.rows.stop) for cut in batch.cuts], of_rows)
         if attending and batch.attention:
             looked, found = attention_loss_of(objective, batch, Attended(len(batch.rows), list(zip(batch.attention, attending.masses(), strict=True))), total)

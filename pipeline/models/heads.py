@@ -26,9 +26,24 @@ class RowLogits(nn.Module):
         """ids: int64 [B, T], padded on the right; rows: int64 [N], indices into B*T. Logits [N, V] in the model's type."""
         return self.head(self.hidden(ids)[rows])
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """[B*T, H]. Without a padding mask: what is padded on the right is seen by no position before it."""
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B*T, H]. Without a padding mask: what is padded on the right is seen by no position before it.
+
+        positions: int64 [1, T] of records in one row, from 0 in each: none sees another (`check_packing`).
+        """
+        given = {} if positions is None else {"position_ids": positions}
+        return self.model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state.flatten(0, 1)
+
+    def check_packing(self, name: str) -> None:
+        """InputError for an architecture in which records in one row see each other."""
+        device = next(self.model.parameters()).device
+        ids = torch.arange(1, 10, device=device) % self.vocabulary_size
+        positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]], device=device)
+        with torch.inference_mode():
+            alone = torch.cat([self.hidden(part[None]) for part in ids.split([5, 4])])
+            packed = self.hidden(ids[None], positions)
+        if not torch.allclose(packed, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
+            raise InputError(f"{name} ({type(self.model).__name__}) does not keep records apart that are packed into one row. Set machine.packing to false.")
 
     def head(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[N, V] of hidden [N, H]. Rows of the head beyond the tokenizer's ids are no tokens: they take no part. out: what `space` gave."""

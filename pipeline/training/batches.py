@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Batch:
-    ids: Tensor  # int64 [B, T]
+    ids: Tensor  # int64 [B, T]; packed: [1, T], the records one after another
     rows: Tensor  # int64 [N] the answers' positions, as indices into B*T
     realised: Tensor  # int64 [N] the tokens that follow them
     weights: Tensor  # float32 [N]
@@ -38,6 +38,7 @@ class Batch:
     cuts: "list[Cut]"
     """The parts of which logits are made."""
     specialty: Tensor | None = None  # int64 [N]
+    positions: Tensor | None = None  # int64 [1, T] where it is packed: each token's in its own record
     words: Projected | None = None
     """What `teacher` was made from, where it is to be made at other temperatures."""
 
@@ -68,7 +69,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights", "reliability")}
-        others = {name: value.to(device) for name in ("teacher", "states", "chunks", "specialty") if (value := getattr(self, name)) is not None}
+        others = {name: value.to(device) for name in ("teacher", "states", "chunks", "specialty", "positions") if (value := getattr(self, name)) is not None}
         attention = None if self.attention is None else [target.to(device) for target in self.attention]
         return replace(self, **moved, **others, attention=attention)
 
@@ -118,21 +119,27 @@ def make_batch(
     rows_at_once: int = 2**62,
     specialties: list[int] | None = None,
     keep_words: bool = False,
+    packed: bool = False,
 ) -> Batch:
     """One batch; `projected` is None for records without a teacher's word, `chunks` and `attention` where none are asked for.
 
     stored: the cache's temperatures; begins_anew: see Chunks. attention: for each layer all records' rows, of so many groups of heads.
     rows_at_once: how many rows are in a part at most; where chunks are asked for, which reach over rows, a part is at least a record.
     specialties: of each record, by number. keep_words: for targets at other temperatures.
+    packed: all in one row, without padding but for the last few tokens.
     """
-    width = -(-max(len(tokens) for tokens in records) // 8) * 8
-    ids = np.zeros((len(records), width), dtype=np.int64)
+    lengths = [len(tokens) for tokens in records]
+    width = -(-(sum(lengths) if packed else max(lengths)) // 8) * 8
+    starts = [sum(lengths[:b]) if packed else b * width for b in range(len(records))]
+    ids = np.zeros((1 if packed else len(records), width), dtype=np.int64)
+    own = np.zeros_like(ids)
     rows, realised, known, record_of = [], [], [], []
     first = 0
     for b, (tokens, word) in enumerate(zip(records, projected, strict=True)):
-        ids[b, : len(tokens)] = tokens.ids
+        here = slice(starts[b], starts[b] + len(tokens))
+        ids.ravel()[here], own.ravel()[here] = tokens.ids, np.arange(len(tokens))
         positions = tokens.answer_positions()
-        rows.append(b * width + positions.astype(np.int64))
+        rows.append(starts[b] + positions.astype(np.int64))
         realised.append(tokens.ids[positions + 1].astype(np.int64))
         record_of.append(np.full(len(positions), b))
         if word is not None:
@@ -158,11 +165,24 @@ def make_batch(
         states=states,
         chunks=spanning,
         attention=None if attention is None else [attention_target(layer, [tokens.answer_positions() for tokens in records], width, groups) for layer in attention],
-        tokens=sum(len(tokens) for tokens in records),
+        tokens=sum(lengths),
+        positions=torch.from_numpy(own) if packed else None,
         cuts=_cuts(_ends([len(part) for part in rows], rows_at_once, spanning is not None), known_rows, states, spanning),
         specialty=None if specialties is None else torch.from_numpy(np.asarray(specialties, dtype=np.int64)[record]),
         words=together(words) if keep_words and words else None,
     )
+
+
+def micro_batches(lengths: list[int], records: int, tokens: int | None, packed: bool) -> list[slice]:
+    """Which of these records, side by side, are one micro-batch: at most so many, or instead so many tokens, with padding; a longer record is alone."""
+    found, begin = [], 0
+    for end in range(1, len(lengths) + 1):
+        part = lengths[begin : end + 1]
+        size = sum(part) if packed else len(part) * max(part)
+        if end == len(lengths) or (size > tokens if tokens else end - begin == records):
+            found.append(slice(begin, end))
+            begin = end
+    return found
 
 
 def _ends(records: list[int], rows_at_once: int, whole: bool) -> list[int]:
