@@ -216,11 +216,42 @@ class Targets(Section):
     """omit: only digests of the records' text are stored (a student with another tokenizer then cannot be trained)."""
 
 
+class Lora(Section):
+    """Low-rank adapters: W + (alpha / rank) * B A, of which only A and B are trained."""
+
+    rank: Positive = 16
+    alpha: Number = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's input that a training step leaves out."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """The linear modules that get an adapter, by the ends of their names, such as [q_proj, v_proj]; all-linear: all but the head."""
+    rslora: bool = False
+    """Scaled by alpha / sqrt(rank) instead."""
+
+
 class Student(Section):
     model: str
     revision: Revision = None
     layers: Annotated[list[Count], Field(min_length=1)] | None = None
     """Keep only these decoder layers of the model, in this order."""
+    lora: Lora | None = None
+    """Train adapters and leave the model's own weights as they are; null: train all weights."""
+    quantization: Literal["nf4", "int8", "none"] = "none"
+    """Of the linear weights that `lora` leaves as they are (QLoRA)."""
+    double_quantization: bool = True
+    """Also quantize NF4's own scales."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the other weights that `lora` leaves as they are, of products with quantized ones, and of the student that is written. What is trained is float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Student":
+        if self.lora is None and self.quantization != "none":
+            raise ValueError(f"quantization: {self.quantization} leaves nothing that could be trained; add lora, such as `lora: {{rank: 16}}`, or leave quantization out")
+        if self.lora is None and self.dtype != "float32":
+            raise ValueError(f"dtype: {self.dtype} is for weights that lora leaves as they are, and without lora all are trained, in float32; add lora, or leave dtype out")
+        if self.quantization != "nf4" and "double_quantization" in self.model_fields_set:
+            raise ValueError("double_quantization has no effect without quantization: nf4; leave it out")
+        return self
 
 
 class TokenizerSource(Section):
@@ -367,6 +398,8 @@ class Training(Section):
     """Records in one optimizer step, over all devices."""
     learning_rate: Scheduled = Schedule.constant(1e-5)
     warmup_steps: Count = 0
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: its moments in one byte each (bitsandbytes), of tensors with at least 4,096 elements."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_gradient_norm: Number = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"

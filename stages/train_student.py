@@ -21,10 +21,12 @@ from pipeline.config import Machine, Student, Training
 from pipeline.errors import DamageError, InputError, NumericsError, Stopped
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
+from pipeline.models.adapters import add_adapters, merge_adapters, save_adapter, sizes
 from pipeline.models.attention import Attending
 from pipeline.models.heads import KeptHead, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
 from pipeline.models.memory import PeakMemory
+from pipeline.models.optimizers import optimizer_named
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reporting.model_card import model_card
 from pipeline.reporting.progress import Progress
@@ -84,7 +86,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     _check_specialties(training.specialty_weights, specialties.names)
     steps = _steps(training, order)
 
-    model = load_student(source, student.revision, student.layers, accelerator.device)
+    model = load_student(source, student.revision, student.layers, accelerator.device, student.dtype, student.quantization, student.double_quantization)
+    if student.lora:
+        add_adapters(model, student.model, **student.lora.model_dump(), seed=training.seed)
+    parameters, trained = sizes(model)
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
@@ -101,7 +106,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     begins = torch.from_numpy(begins_anew(tokenizer.vocabulary))[: module.vocabulary_size]
     student_id = torch.from_numpy(view.fitted.student_id.astype("int64")).to(accelerator.device)
     adaptive = TokenTemperature(training.token_temperature.strength, max(cache.temperatures), accelerator.device) if training.token_temperature and with_targets else None
-    optimizer = torch.optim.AdamW(_groups(model, training.weight_decay), lr=0.0)
+    optimizer = optimizer_named(training.optimizer, _groups(model, training.weight_decay))
 
     def batches_of(examples: Iterable[Example], temperature: float) -> list[Batch]:
         """Micro-batches, records of like length together."""
@@ -241,14 +246,17 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if log.best and training.validation and training.validation.keep == "best":
             load_checkpoint(_file(out, log.best), module, optimizer, state)
         out.keep("metrics.jsonl")
+        if student.lora:
+            with out.result("adapter") as folder:
+                save_adapter(model, folder, student.model if student.layers is None else None, student.revision)
+            merge_adapters(model)
         with out.result("student") as folder:
             model.save_pretrained(folder)
             tokenizer.tokenizer.save_pretrained(folder)
             identity = {"student": student.model_dump(mode="json"), "training": training.model_dump(mode="json", by_alias=True)}
             (folder / "README.md").write_text(model_card(student.model, cached.summary["teacher"] if with_teacher else None, identity), encoding="utf-8")
     accelerator.wait_for_everyone()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    summary = {"steps": steps, "records": order.count, "parameters": parameters, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
+    summary = {"steps": steps, "records": order.count, "parameters": parameters, "trained_parameters": trained, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
     return summary | ({"best_step": log.best} if log.best else {})
 
 
@@ -335,7 +343,7 @@ def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 def _sum_gradients(model: torch.nn.Module, accelerator: Accelerator) -> None:
     """Micro-batches may be unevenly many per process, and the loss is divided by the global mass: gradients are summed."""
-    for parameter in model.parameters():
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         parameter.grad = accelerator.reduce(gradient, "sum")
 

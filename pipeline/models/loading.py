@@ -1,7 +1,7 @@
 """Causal LMs from a folder or the hub: the teacher quantized, the student whole or with some of its layers."""
 
-import logging
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from pipeline.errors import InputError
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def device_named(name: str) -> torch.device:
@@ -30,28 +29,48 @@ def numerics_of(device: torch.device) -> dict[str, Any]:
 
 def load_teacher(source: str, revision: str | None, quantization: str, double_quantization: bool, dtype: str, device: torch.device) -> PreTrainedModel:
     """The model for inference: NF4 or int8 through bitsandbytes (which runs on CUDA and on CPU), or as it is."""
+    model = _load_on(device, source, revision, quantization, double_quantization, dtype)
+    if dtype != "bfloat16":
+        _without_fused_products(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_student(
+    source: str, revision: str | None, layers: list[int] | None, device: torch.device, dtype: str = "float32", quantization: str = "none", double_quantization: bool = True
+) -> PreTrainedModel:
+    """The model with only the decoder layers that are listed; its linear weights quantized, if they are to stay as they are."""
+    if quantization == "none":
+        model = _load(source, revision, dtype=getattr(torch, dtype))
+        if layers is not None:
+            model = keep_layers(model, layers, source)
+        torch.nn.Module.to(model, device)
+        return model
+    if layers is None:
+        model = _load_on(device, source, revision, quantization, double_quantization, dtype)
+    else:
+        # weights are quantized as they are read
+        with TemporaryDirectory() as folder:
+            keep_layers(_load(source, revision, dtype=getattr(torch, dtype)), layers, source).save_pretrained(folder)
+            model = _load_on(device, folder, None, quantization, double_quantization, dtype)
+    _without_fused_products(model)
+    return model
+
+
+def _load_on(device: torch.device, source: str, revision: str | None, quantization: str, double_quantization: bool, dtype: str) -> PreTrainedModel:
     compute = getattr(torch, dtype)
     options: dict[str, Any] = {}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quantization, bnb_4bit_compute_dtype=compute)
     elif quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    model = _load(source, revision, dtype=compute, device_map={"": device}, **options)
-    if compute is not torch.bfloat16:
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # bitsandbytes' fused product on CPUs computes in bfloat16, whatever type it is given
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model.eval().requires_grad_(False)
+    return _load(source, revision, dtype=compute, device_map={"": device}, **options)
 
 
-def load_student(source: str, revision: str | None, layers: list[int] | None, device: torch.device) -> PreTrainedModel:
-    """The model in float32, with only the decoder layers that are listed."""
-    model = _load(source, revision, dtype=torch.float32)
-    if layers is not None:
-        model = keep_layers(model, layers, source)
-    torch.nn.Module.to(model, device)
-    return model
+def _without_fused_products(model: PreTrainedModel) -> None:
+    """bitsandbytes' fused product on CPUs computes in bfloat16, whatever type it is given, and once it has been used no gradient comes through."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def keep_layers(model: PreTrainedModel, layers: list[int], name: str) -> PreTrainedModel:

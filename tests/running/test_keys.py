@@ -236,6 +236,13 @@ SETTINGS = [
         given=("student.model=some/student", f"student.revision={COMMIT}"),
     ),
     setting("student.layers.1", "3", stage="train-student"),
+    *(
+        setting(f"student.lora.{option}", value, stage="train-student", given=("student.lora={rank: 4, targets: [q_proj]}",))
+        for option, value in (("rank", "8"), ("alpha", "8"), ("dropout", "0.1"), ("targets.0", "v_proj"), ("rslora", "true"))
+    ),
+    setting("student.quantization", "nf4", stage="train-student", given=("student.lora={rank: 4}",)),
+    setting("student.double_quantization", "false", stage="train-student", given=("student.lora={rank: 4}", "student.quantization=nf4")),
+    setting("student.dtype", "bfloat16", stage="train-student", given=("student.lora={rank: 4}",)),
     setting("projection.method", "first_token"),
     setting("projection.depth", "2"),
     setting("projection.inside", "false"),
@@ -283,6 +290,7 @@ SETTINGS = [
     setting("training.learning_rate.to", "2.0e-4"),
     setting("training.learning_rate.schedule", "linear"),
     setting("training.warmup_steps", "1"),
+    setting("training.optimizer", "adamw_8bit"),
     setting("training.weight_decay", "0.1"),
     setting("training.max_gradient_norm", "2.0"),
     setting("training.precision", "fp32"),
