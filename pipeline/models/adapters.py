@@ -39,6 +39,9 @@ def add_adapters(model: PreTrainedModel, name: str, *, rank: int, alpha: float, 
     )
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # peft gives it the type of the weights beside it, in which small steps are lost
 
 
 def sizes(model: PreTrainedModel) -> tuple[int, int]:
