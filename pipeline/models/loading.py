@@ -1,7 +1,6 @@
 """Causal LMs from a folder or the hub: the teacher quantized, the student whole or with some of its layers."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ def numerics_of(device: torch.device) -> dict[str, Any]:
 
 def load_teacher(source: str, revision: str | None, quantization: str, double_quantization: bool, dtype: str, device: torch.device) -> PreTrainedModel:
     """The model for inference: NF4 or int8 through bitsandbytes (which runs on CUDA and on CPU), or as it is."""
-    model = _load_on(device, source, revision, quantization, double_quantization, dtype)
+    model = _load(source, revision, **_placed(device, quantization, double_quantization, dtype))
     if dtype != "bfloat16":
         _without_fused_products(model)
     return model.eval().requires_grad_(False)
@@ -45,25 +44,26 @@ def load_student(
             model = keep_layers(model, layers, source)
         torch.nn.Module.to(model, device)
         return model
+    options = _placed(device, quantization, double_quantization, dtype)
     if layers is None:
-        model = _load_on(device, source, revision, quantization, double_quantization, dtype)
+        model = _load(source, revision, **options)
     else:
-        # weights are quantized as they are read
-        with TemporaryDirectory() as folder:
-            keep_layers(_load(source, revision, dtype=getattr(torch, dtype)), layers, source).save_pretrained(folder)
-            model = _load_on(device, folder, None, quantization, double_quantization, dtype)
+        smaller = keep_layers(_load(source, revision, dtype=getattr(torch, dtype)), layers, source)
+        model = type(smaller).from_pretrained(None, config=smaller.config, state_dict=smaller.state_dict(), **options)  # weights are quantized as they are read
+        model.generation_config = smaller.generation_config
     _without_fused_products(model)
     return model
 
 
-def _load_on(device: torch.device, source: str, revision: str | None, quantization: str, double_quantization: bool, dtype: str) -> PreTrainedModel:
+def _placed(device: torch.device, quantization: str, double_quantization: bool, dtype: str) -> dict[str, Any]:
+    """How transformers is to load a model."""
     compute = getattr(torch, dtype)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": compute, "device_map": {"": device}}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quantization, bnb_4bit_compute_dtype=compute)
     elif quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    return _load(source, revision, dtype=compute, device_map={"": device}, **options)
+    return options
 
 
 def _without_fused_products(model: PreTrainedModel) -> None:
