@@ -442,7 +442,12 @@ class Benchmark(Named):
 
 
 class Evaluation(Section):
-    benchmarks: Annotated[list[Benchmark], Field(min_length=1)] = [Benchmark(benchmark="perplexity"), Benchmark(benchmark="fidelity"), Benchmark(benchmark="multiple_choice")]
+    benchmarks: Annotated[list[Benchmark], Field(min_length=1)] = [
+        Benchmark(benchmark="perplexity"),
+        Benchmark(benchmark="fidelity"),
+        Benchmark(benchmark="multiple_choice"),
+        Benchmark(benchmark="calibration"),
+    ]
     control: bool = True
     """Also train and evaluate the same student without the teacher (train-control)."""
 

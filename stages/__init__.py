@@ -54,7 +54,7 @@ STAGES = (
     Stage(
         name="evaluate",
         module="stages.evaluate",
-        version=2,
+        version=3,
         reads=("student", "evaluation"),
         needs=("cache-teacher", "fit-projection", "train-student", "train-control"),
         help="Teacher, student before training, control and distilled student on the held-out split.",

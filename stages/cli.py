@@ -15,7 +15,7 @@ import click
 from pipeline.config import load_ablation, load_experiment
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import appears_whole
-from pipeline.reporting.tables import ablation_csv, ablation_rows, ablation_table
+from pipeline.reporting.tables import comparison_csv, comparison_table, comparison_text
 from pipeline.running.ablation import results, trials
 from pipeline.running.ablation import run as run_trials
 from pipeline.running.folder import FinishedFolder, findings, repair
@@ -144,12 +144,39 @@ def ablate(runs: Path, ablation: Path, given: tuple[str, ...], roots: tuple[str,
     with stops_when_asked():
         run_trials(found, place / "logs", list[str | None](devices.split(",")) if devices else [None] * jobs, lambda text: click.echo(text, err=True))
     told = results(found)
-    rows = ablation_rows(told)
+    comparison = importlib.import_module("pipeline.reporting.comparison")
+    evaluated = [one.evaluated for one in importlib.import_module("pipeline.reporting.inspection_evaluations").of_trials(told, place)]
+    rows = comparison.compared(comparison.rows_of(evaluated, (comparison.DISTILLED, comparison.CONTROL)))
+    notes = comparison.notes(evaluated, rows)
+    _write(place, {"ablation.md": comparison_table(rows, notes), "ablation.csv": comparison_csv(rows), "ablation.json": json.dumps({"rows": rows, "notes": notes, "trials": told}, indent=1)})
+    click.echo(json.dumps({"folder": str(place), "rows": rows, "notes": notes}) if as_json else f"{comparison_text(rows, notes)}\n{place / 'ablation.md'}, ablation.csv, ablation.json")
+
+
+def _write(place: Path, texts: dict[str, str]) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    for name, text in (("ablation.md", ablation_table(rows)), ("ablation.csv", ablation_csv(rows)), ("ablation.json", json.dumps({"rows": rows, "trials": told}, indent=1))):
+    for name, text in texts.items():
         with appears_whole(place / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    click.echo(json.dumps({"folder": str(place), "rows": rows}) if as_json else f"{ablation_table(rows)}\n{place / 'ablation.md'}, ablation.csv, ablation.json")
+
+
+@main.command()
+@click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FOLDER...")
+@click.option("--sort", metavar="FIGURE", default="kl_to_teacher", show_default=True, help="What the best is first by: kl_to_teacher, bits_per_byte, top1_agreement, accuracy; or variant: by name.")
+@click.option("--baseline", metavar="NAME", help="The row that the others' differences are from.  [default: the first variant of the first folder]")
+@click.option("--format", "form", type=click.Choice(["text", "markdown", "csv", "json"]), default="text", show_default=True, help="What is printed.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Also write comparison.md, comparison.csv and comparison.json there.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+def compare(folders: tuple[Path, ...], sort: str, baseline: str | None, form: str, out: Path | None, as_json: bool) -> None:
+    """One table of several evaluations: mean, spread over seeds, 95 % intervals, differences. FOLDER: of evaluate, an experiment or an ablation."""
+    comparison = importlib.import_module("pipeline.reporting.comparison")
+    evaluated = [one.evaluated for one in importlib.import_module("pipeline.reporting.inspection_evaluations").found_in(folders)]
+    rows = comparison.compared(comparison.rows_of(evaluated), baseline, sort)
+    notes = comparison.notes(evaluated, rows)
+    told = json.dumps({"rows": rows, "notes": notes})
+    if out is not None:
+        _write(out, {"comparison.md": comparison_table(rows, notes), "comparison.csv": comparison_csv(rows), "comparison.json": told})
+    shown = {"text": comparison_text(rows, notes), "markdown": comparison_table(rows, notes), "csv": comparison_csv(rows), "json": told}
+    click.echo(shown["json" if as_json else form].removesuffix("\n"))
 
 
 @main.command()

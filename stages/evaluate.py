@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from pipeline.benchmarks._records import KEPT, as_table
 from pipeline.benchmarks._scores import Scorer
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache
@@ -20,6 +23,7 @@ from pipeline.reporting.plots import plot_curves
 from pipeline.reporting.tables import results_table
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
+from pipeline.signals.records import Record
 
 
 def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
@@ -31,10 +35,12 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     if not heldout:
         raise InputError("The cache has no held-out records to evaluate on. Give data.heldout, or a larger data.heldout.fraction.")
     models: dict[str, dict[str, Any]] = {}
+    kept: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
 
     teacher = CachedTeacher(examples)
     cost = {key: cached.summary[key] for key in ("tokens_per_second", "peak_memory_mb")}
-    models["teacher"] = _benchmarked(teacher, evaluation, heldout) | cost
+    models["teacher"], kept["teacher"] = _benchmarked(teacher, evaluation, heldout)
+    models["teacher"] |= cost
 
     device = device_named(machine.device)
     for name, source, revision, layers in _students(student, inputs):
@@ -43,7 +49,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
         view = StudentView(cache, inputs["fit-projection"].file, tokenizer.render, tokenizer.digest())
         model = load_student(source, revision, layers, device).eval()
         scorer = StudentScorer(row_logits(model, name, rows_that_are_tokens(model, name, tokenizer.vocabulary)), tokenizer.render, view, examples, machine.student_micro_batch_records)
-        models[name] = _benchmarked(scorer, evaluation, heldout)
+        models[name], kept[name] = _benchmarked(scorer, evaluation, heldout)
         models[name] |= {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
         del model, scorer
 
@@ -54,6 +60,8 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     metrics = {name: read_json_lines(inputs[stage].file("metrics.jsonl")) for name, stage in (("distilled", "train-student"), ("sft", "train-control")) if stage in inputs}
     with out.result("results.json") as file:
         file.write_text(as_json(results), encoding="utf-8")
+    with out.result("records.parquet") as file:
+        pq.write_table(as_table(kept), file, compression="zstd", write_page_checksum=True)
     with out.result("table.md") as file:
         file.write_text(results_table(results), encoding="utf-8")
     with out.result("curves.png") as file:
@@ -69,8 +77,12 @@ def _students(student: Student, inputs: Inputs) -> Iterator[tuple[str, str, str 
     yield "distilled", str(inputs["train-student"].folder("student")), None, None
 
 
-def _benchmarked(model: Scorer, evaluation: Evaluation, heldout: list[Any]) -> dict[str, Any]:
+def _benchmarked(model: Scorer, evaluation: Evaluation, heldout: list[Record]) -> tuple[dict[str, Any], list[tuple[Record, dict[str, Any]]]]:
+    """The figures, and what is to be kept of each record."""
     results: dict[str, Any] = {}
+    kept: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
     for entry in evaluation.benchmarks:
-        results |= find("benchmarks", entry.benchmark)(model, heldout, **entry.options())
-    return results
+        figures = find("benchmarks", entry.benchmark)(model, heldout, **entry.options())
+        kept[entry.benchmark] = figures.pop(KEPT, [])
+        results |= figures
+    return results, [row for rows in kept.values() for row in rows]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 def run(student: Student, training: Training, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
+    started = time.monotonic()
     accelerator = Accelerator(mixed_precision="bf16" if training.precision == "bf16" else "no", cpu=device_named(machine.device).type == "cpu")
     memory = PeakMemory(accelerator.device)
     objective = parts([(part.loss, part.most, part.options(), part.tail) for part in training.objective])
@@ -188,6 +190,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     out.plan("steps", steps)
     state = specialties.state | (calibration.state if calibration else {}) | (adaptive.state if adaptive else {})
     begin = _resume(out, module, optimizer, state, accelerator.is_main_process)
+    before = float(out.info(_name(begin)).get("seconds", 0.0)) if begin else 0.0
     aside = batches_of(of_this_process(watched), training.temperature.end)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
@@ -237,7 +240,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         stops = bool(sums[-1] > 0) and step + 1 < steps
         if accelerator.is_main_process and ((step + 1) % machine.checkpoint_steps == 0 or step + 1 in (steps, log.best) or stops):
             log.flush()
-            _checkpoint(out, step + 1, module, optimizer, state, log.best)
+            _checkpoint(out, step + 1, module, optimizer, state, log.best, before + time.monotonic() - started)
         if stops:
             raise Stopped
     log.close()
@@ -256,7 +259,15 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             identity = {"student": student.model_dump(mode="json"), "training": training.model_dump(mode="json", by_alias=True)}
             (folder / "README.md").write_text(model_card(student.model, cached.summary["teacher"] if with_teacher else None, identity), encoding="utf-8")
     accelerator.wait_for_everyone()
-    summary = {"steps": steps, "records": order.count, "parameters": parameters, "trained_parameters": trained, "peak_memory_mb": round(memory.megabytes(), 1), "last": log.last()}
+    summary = {
+        "steps": steps,
+        "records": order.count,
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "seconds": round(before + time.monotonic() - started, 1),
+        "peak_memory_mb": round(memory.megabytes(), 1),
+        "last": log.last(),
+    }
     return summary | ({"best_step": log.best} if log.best else {})
 
 
@@ -392,9 +403,10 @@ def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Opti
     return 0
 
 
-def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], best: int | None) -> None:
+def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], best: int | None, seconds: float) -> None:
+    """seconds: what has been worked for it, over all sittings."""
     save_checkpoint(_file(out, step), module, optimizer, state)
-    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, run=out.path.name, step=step, metrics=_digest(_lines(out.path)))
+    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, run=out.path.name, step=step, metrics=_digest(_lines(out.path)), seconds=round(seconds, 1))
     for old in out.names()[:-KEEP_CHECKPOINTS]:
         if best is None or old != _name(best):
             out.withdraw(old)

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from pipeline.signals.records import Record
+
+BINS = 15
+"""Of the probability of the most likely token, evenly from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class Score:
     agreeing: int = 0
     """Aligned positions at which both hold the same token to be the most likely."""
     aligned: int = 0
+    certainty: np.ndarray | None = None  # float64 [BINS, 3]
+    """By the probability of the most likely token: how many of the answer's positions, the sum of these probabilities, and how
+    often that token follows. None if it is not known."""
 
 
 class Scorer(Protocol):

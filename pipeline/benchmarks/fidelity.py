@@ -14,4 +14,5 @@ def fidelity(model: Scorer, heldout: list[Record]) -> dict[str, Any]:
         "kl_to_teacher": sum(score.kl for score in scores) / aligned,
         "top1_agreement": sum(score.agreeing for score in scores) / aligned,
         "aligned_positions": aligned,
+        "records": [(record, {"kl": score.kl, "agreeing": score.agreeing, "aligned": score.aligned}) for record, score in zip(heldout, scores, strict=True)],
     }

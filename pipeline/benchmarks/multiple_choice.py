@@ -2,13 +2,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.benchmarks._bootstrap import interval, resampled
 from pipeline.benchmarks._scores import Scorer
 from pipeline.datasets._rows import record_of_row
 from pipeline.lookup import find
 from pipeline.options import Fields
 from pipeline.signals.records import Record
-
-RESAMPLES = 10_000
 
 
 def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = None, fields: Fields | None = None) -> dict[str, Any]:
@@ -23,13 +22,19 @@ def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = 
     scores = model.scores(choices) if choices else None
     if not scores:
         return {"accuracy": None, "accuracy_interval": None, "questions": len(questions)}
-    right = []
+    chosen = []
     begin = 0
     for question in questions:
         count = len(question.options or ())
         per_byte = [score.logprob / max(score.answer_bytes, 1) for score in scores[begin : begin + count]]
-        right.append(int(np.argmax(per_byte)) == question.answer_index)
+        chosen.append(int(np.argmax(per_byte)))
         begin += count
-    resampled = np.random.default_rng(0).choice(right, (RESAMPLES, len(right))).mean(1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"accuracy": float(np.mean(right)), "accuracy_interval": [float(low), float(high)], "questions": len(questions)}
+    right = np.array([choice == question.answer_index for choice, question in zip(chosen, questions, strict=True)])
+    found = interval(resampled(right[:, None], np.ones((len(right), 1)))[:, 0])
+    assert found
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_interval": list(found),
+        "questions": len(questions),
+        "records": [(question, {"chosen": choice, "answer": question.answer_index, "right": choice == question.answer_index}) for question, choice in zip(questions, chosen, strict=True)],
+    }

@@ -14,4 +14,5 @@ def perplexity(model: Scorer, heldout: list[Record]) -> dict[str, Any]:
     return {
         "bits_per_byte": -logprob / math.log(2) / sum(score.answer_bytes for score in scores),
         "perplexity": math.exp(-logprob / sum(score.tokens for score in scores)),
+        "records": [(record, {"logprob": score.logprob, "tokens": score.tokens, "answer_bytes": score.answer_bytes}) for record, score in zip(heldout, scores, strict=True)],
     }

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-from pipeline.benchmarks._scores import Score
+from pipeline.benchmarks._scores import BINS, Score
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Example
 from pipeline.errors import NumericsError
@@ -32,10 +33,30 @@ def _key(record: Record) -> tuple[str, str]:
 
 
 def _cached(example: Example) -> Score:
-    answer = set(example.tokens.answer_positions().tolist())
-    logprobs = [float(lp) for position, lp in zip(example.targets.position.tolist(), example.targets.realised_logprob, strict=True) if position in answer]
+    answer = np.isin(example.targets.position, example.tokens.answer_positions())
+    logprobs = example.targets.realised_logprob[answer].tolist()
     # against itself: no divergence, full agreement, at all its positions
-    return Score(sum(logprobs), len(logprobs), example.tokens.answer_bytes(), 0.0, len(logprobs), len(logprobs))
+    return Score(sum(logprobs), len(logprobs), example.tokens.answer_bytes(), 0.0, len(logprobs), len(logprobs), _cached_certainty(example, answer))
+
+
+def _cached_certainty(example: Example, answer: np.ndarray) -> np.ndarray | None:
+    """None of what was drawn: the most likely token may not be there."""
+    targets = example.targets
+    if targets.counts is not None:
+        return None
+    begin = np.cumsum(targets.kept, dtype=np.int64) - targets.kept
+    highest = np.maximum.reduceat(targets.logprobs, begin) if len(begin) else np.zeros(0)
+    follows = example.tokens.ids[targets.position + 1]
+    is_highest = (targets.ids == np.repeat(follows, targets.kept)) & (targets.logprobs == np.repeat(highest, targets.kept))
+    followed = np.add.reduceat(is_highest, begin, dtype=np.int64) > 0 if len(begin) else np.zeros(0, dtype=bool)
+    return _certainty(np.exp(highest[answer].astype(np.float64)), followed[answer], np.zeros(int(answer.sum()), dtype=np.int64), 1)[0]
+
+
+def _certainty(probability: np.ndarray, followed: np.ndarray, owner: np.ndarray, records: int) -> np.ndarray:
+    """float64 [records, BINS, 3], see Score."""
+    place = owner * BINS + np.clip((probability * BINS).astype(np.int64), 0, BINS - 1)
+    parts = [np.bincount(place, weights=weights, minlength=records * BINS) for weights in (np.ones(len(place)), probability, followed.astype(np.float64))]
+    return np.stack(parts, 1).reshape(records, BINS, 3)
 
 
 class StudentScorer:
@@ -73,6 +94,9 @@ class StudentScorer:
             started = time.monotonic()
             logits = self._module(batch.ids, batch.rows).float()
             logprob = -find("losses", "cross_entropy")(logits, batch.realised).double().cpu()
+            highest, likeliest = logits.max(-1)
+            probability = (highest - logits.logsumexp(-1)).double().exp().cpu()
+            followed = (likeliest == batch.realised).cpu()
             self.seconds += time.monotonic() - started
             self.tokens += batch.tokens
             if not torch.isfinite(logprob).all():
@@ -84,10 +108,11 @@ class StudentScorer:
             if batch.teacher is not None:
                 known = batch.known.cpu()
                 kl[known] = find("losses", "forward_kl")(logits[batch.known], batch.teacher).double().cpu()
-                agrees[known] = (logits[batch.known].argmax(-1) == batch.teacher.top()).double().cpu()
+                agrees[known] = (likeliest[batch.known] == batch.teacher.top()).double().cpu()
                 aligned[known] = 1.0
         owner = batch.record.cpu()
         sums = [torch.zeros(len(records), dtype=torch.float64).index_add(0, owner, values) for values in (logprob, kl, agrees, aligned)]
+        certainty = _certainty(probability.numpy(), followed.numpy(), owner.numpy(), len(records))
         for i, (record, own) in enumerate(zip(records, tokens, strict=True)):
             total, divergence, agreeing, compared = (float(values[i]) for values in sums)
-            self._known[_key(record)] = Score(total, len(own.answer_positions()), own.answer_bytes(), divergence, int(agreeing), int(compared))
+            self._known[_key(record)] = Score(total, len(own.answer_positions()), own.answer_bytes(), divergence, int(agreeing), int(compared), certainty[i])

@@ -1,7 +1,8 @@
-"""Results as Markdown tables."""
+"""Results as tables: text, Markdown and CSV."""
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = {
@@ -16,8 +17,9 @@ COLUMNS = {
 
 
 QUALITY = ("kl_to_teacher", "bits_per_byte", "top1_agreement", "accuracy")
-SPREAD = ("mean", "lowest", "highest")
-WITHOUT_TEACHER = "without the teacher"
+SPREAD = ("mean", "lowest", "highest", "deviation")
+NOTHING = "–"
+MARKS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {mark: f"\\{mark}" for mark in "\\|*_`[]#~"}
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -31,57 +33,88 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ablation_rows(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each variant, and of the students without a teacher, the mean, lowest and highest over the seeds; the nearest to the teacher first.
-
-    trials: what `ablation.results` gives.
-    """
-    models: dict[str, dict[str, dict[str, Any]]] = {}
-    controls = {trial["folders"].get("train-control") for trial in trials}
-    shared = len(controls) == len({trial["seed"] for trial in trials})
-    for trial in trials:
-        models.setdefault(trial["variant"], {})[trial["folders"]["train-student"]] = trial["models"]["distilled"]
-        if "sft" in trial["models"]:
-            name = WITHOUT_TEACHER if shared else f"{trial['variant']}, {WITHOUT_TEACHER}"
-            models.setdefault(name, {})[trial["folders"]["train-control"]] = trial["models"]["sft"]
-    rows = []
-    for name, found in models.items():
-        row: dict[str, Any] = {"variant": name, "seeds": len(found)}
-        for key in QUALITY:
-            values = [model[key] for model in found.values() if model.get(key) is not None]
-            row[key] = {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values)} if values else None
-        rows.append(row)
-    return sorted(rows, key=lambda row: row["kl_to_teacher"]["mean"] if row["kl_to_teacher"] else float("inf"))
-
-
-def ablation_table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+def comparison_table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
+    """As Markdown. rows: what `comparison.compared` gives."""
     lines = ["| variant | seeds | " + " | ".join(COLUMNS[key][0] for key in QUALITY) + " |", "|---|" + "---:|" * (len(QUALITY) + 1)]
     for row in rows:
-        cells = [_spread(row[key]) for key in QUALITY]
-        lines.append(f"| {row['variant']} | {row['seeds']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = ["<br>".join(_lines(row, key)) for key in QUALITY]
+        lines.append(f"| {_in_markdown(row['variant'])} | {row['seeds']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n{_in_markdown(note)}\n" for note in _legend(rows, notes))
 
 
-def ablation_csv(rows: list[dict[str, Any]]) -> str:
-    """One line a variant."""
+def comparison_text(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
+    """In aligned columns."""
+    cells = [[["variant"], ["seeds"], *([COLUMNS[key][0]] for key in QUALITY)]]
+    cells += [[[printable(row["variant"])], [str(row["seeds"])], *(_lines(row, key) for key in QUALITY)] for row in rows]
+    widths = [max(len(line) for row in cells for line in row[column]) for column in range(len(QUALITY) + 2)]
+    lines = []
+    for row in cells:
+        for n in range(max(map(len, row))):
+            parts = [(cell[n] if n < len(cell) else "") for cell in row]
+            lines.append("  ".join(part.rjust(width) if column else part.ljust(width) for column, (part, width) in enumerate(zip(parts, widths, strict=True))).rstrip())
+    return "\n".join(lines) + "\n" + "".join(f"\n{printable(note)}\n" for note in _legend(rows, notes))
+
+
+def comparison_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a row of the table."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "seeds", *(f"{key}_{what}" for key in QUALITY for what in SPREAD)])
+    ends = ("interval_low", "interval_high", "difference", "difference_low", "difference_high", "difference_paired")
+    writer.writerow(["variant", "seeds", *(f"{key}_{what}" for key in QUALITY for what in (*SPREAD, *ends)), "model", "baseline"])
     for row in rows:
-        writer.writerow([row["variant"], row["seeds"], *(row[key][what] if row[key] else "" for key in QUALITY for what in SPREAD)])
+        values: list[Any] = []
+        for key in QUALITY:
+            figure = row[key] or {}
+            difference = figure.get("difference") or {}
+            values += [figure.get(what) for what in SPREAD]
+            values += [*(figure.get("interval") or (None, None)), difference.get("mean"), *(difference.get("interval") or (None, None)), difference.get("paired")]
+        writer.writerow([row["variant"], row["seeds"], *("" if value is None else value for value in values), row["model"], row["baseline"]])
     return text.getvalue()
 
 
-def _spread(value: dict[str, float] | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value['mean']:.3f}" + (f" ({value['lowest']:.3f}–{value['highest']:.3f})" if value["lowest"] < value["highest"] else "")
+def _lines(row: dict[str, Any], key: str) -> list[str]:
+    """The figure and its spread; its interval; its difference from the baseline and whether that can be nothing."""
+    figure = row[key]
+    if figure is None:
+        return [NOTHING]
+    spread = f" ({figure['lowest']:.3f}–{figure['highest']:.3f})" if figure["lowest"] < figure["highest"] else ""
+    lines = [f"{figure['mean']:.3f}{spread}"]
+    if figure["interval"]:
+        low, high = figure["interval"]
+        lines.append(f"[{low:.3f}, {high:.3f}]")
+    difference = figure["difference"]
+    if difference and difference["interval"]:
+        low, high = difference["interval"]
+        lines.append(f"{difference['mean']:+.3f} [{low:+.3f}, {high:+.3f}]{' *' if difference['excludes_zero'] else ''}")
+    return lines
+
+
+def _legend(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> list[str]:
+    shown = [row[key] for row in rows for key in QUALITY if row[key]]
+    said = []
+    if any(figure["lowest"] < figure["highest"] for figure in shown):
+        said.append("(lowest–highest over the seeds)")
+    if any(figure["interval"] for figure in shown):
+        said.append("[95 % interval: bootstrap over the held-out records, and over the seeds where there are several]")
+    if any(figure["difference"] and figure["difference"]["interval"] for figure in shown):
+        base = next(row["variant"] for row in rows if row["baseline"])
+        said.append(f"+ or -: the difference from {base}; * its interval excludes 0")
+    return [*(["; ".join(said) + "."] if said else []), *notes]
+
+
+def printable(text: str) -> str:
+    """On one line, and without what a terminal would obey."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _in_markdown(text: str) -> str:
+    """A name cannot end a cell, begin a tag or set other type."""
+    return "".join(MARKS.get(letter, letter) for letter in printable(text))
 
 
 def _cell(value: Any, form: str) -> str:
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, list):
         return "–".join(f"{part:.3f}" for part in value)
     return form.format(value)

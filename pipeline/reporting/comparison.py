@@ -1,0 +1,229 @@
+"""Several evaluations side by side: of each model the mean and the spread over seeds, 95 % intervals, and how far it is from one of them."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.benchmarks._bootstrap import interval, over_seeds, resampled
+from pipeline.errors import InputError
+from pipeline.lookup import nearest
+from pipeline.reporting.tables import QUALITY
+
+DISTILLED, CONTROL, BEFORE, TEACHER = "distilled", "sft", "student_before", "teacher"
+NAMES = {CONTROL: "without the teacher", BEFORE: "student before training", TEACHER: "teacher"}
+RISES = {"top1_agreement", "accuracy"}
+"""Figures of which the higher is the better."""
+Columns = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an evaluation has kept of each record, for one model."""
+
+    ids: list[tuple[str, str]]
+    """Id and digest."""
+    specialties: list[str | None]
+    columns: Columns  # float64 [records] each; NaN where there is nothing
+
+    def sums(self, key: str) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray] | None:
+        """The records that a figure is over, and of each the part that it adds to either side of the fraction; None if there are none."""
+        over, under = PARTS[key](self.columns)
+        there = np.isfinite(over) & np.isfinite(under)
+        if not under[there].sum():
+            return None
+        return [id for id, here in zip(self.ids, there, strict=True) if here], over[there], under[there]
+
+
+PARTS: dict[str, Callable[[Columns], tuple[np.ndarray, np.ndarray]]] = {
+    "kl_to_teacher": lambda of: (of["kl"], of["aligned"]),
+    "bits_per_byte": lambda of: (-of["logprob"] / math.log(2), of["answer_bytes"]),
+    "top1_agreement": lambda of: (of["agreeing"], of["aligned"]),
+    "accuracy": lambda of: (of["right"], np.ones(len(of["right"]))),
+}
+"""Each figure as a fraction of two sums over records."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One finished evaluation."""
+
+    variant: str
+    group: str
+    """The same for all seeds of a variant, and for nothing else."""
+    seed: int | None
+    models: dict[str, dict[str, Any]]
+    """The figures, as in results.json."""
+    records: dict[str, Kept] | None
+    """By model; None: the evaluation is of a version that kept none."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """By stage, what tells a run from another: its fingerprint."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """section.key -> value, of all stages."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One model with one seed."""
+
+    seed: int | None
+    figures: dict[str, Any]
+    kept: Kept | None
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    model: str
+    samples: list[Sample]
+
+
+def rows_of(found: Sequence[Evaluated], models: Sequence[str] = (DISTILLED, CONTROL, BEFORE, TEACHER)) -> list[Row]:
+    """A row for each variant, and one for each other model, whatever the variants that share it; the variants first, as they come."""
+    names = variant_names(found)
+    rows = []
+    for model in models:
+        having = [one for one in found if model in one.models]
+        told = {id(one): _told_apart(model, one) for one in having}
+        by_variant: dict[str, dict[str, Sample]] = {}
+        for one in having:
+            by_variant.setdefault(names[one.group], {}).setdefault(told[id(one)], Sample(one.seed, one.models[model], one.records.get(model) if one.records else None))
+        if model == DISTILLED:
+            rows += [Row(name, model, _in_order(samples)) for name, samples in by_variant.items()]
+            continue
+        together = {which: sample for samples in by_variant.values() for which, sample in samples.items()}
+        if len(together) == len({one.seed for one in having} if model == CONTROL else [None]):
+            rows.append(Row(NAMES[model], model, _in_order(together)))
+            continue
+        sharing: dict[tuple[str, ...], list[str]] = {}
+        for name, samples in by_variant.items():
+            sharing.setdefault(tuple(sorted(samples)), []).append(name)
+        rows += [Row(f"{_listed(variants)}, {NAMES[model]}", model, _in_order(by_variant[variants[0]])) for variants in sharing.values()]
+    return rows
+
+
+def variant_names(found: Sequence[Evaluated]) -> dict[str, str]:
+    """Group -> a name that no other group has."""
+    names: dict[str, str] = {}
+    for one in found:
+        if one.group not in names:
+            taken, name, number = set(names.values()), one.variant, 2
+            while name in taken:
+                name, number = f"{one.variant} ({number})", number + 1
+            names[one.group] = name
+    return names
+
+
+def compared(rows: Sequence[Row], baseline: str | None = None, sort: str = "kl_to_teacher") -> list[dict[str, Any]]:
+    """Of each row and figure mean, lowest, highest, deviation over seeds, interval, and the difference from the baseline; the best first.
+
+    baseline: a row's name; None: the first. sort: a figure or `variant`.
+    """
+    if sort not in (*QUALITY, "variant"):
+        raise InputError(f"--sort {sort}: there is no such figure; {nearest(sort, [*QUALITY, 'variant'])}")
+    by_name = {row.name: row for row in rows}
+    if baseline is not None and baseline not in by_name:
+        raise InputError(f"--baseline {baseline}: no row has that name; {nearest(baseline, list(by_name))}")
+    base = by_name[baseline] if baseline is not None else rows[0]
+    told: list[dict[str, Any]] = [{"variant": row.name, "model": row.model, "seeds": len(row.samples), "baseline": row is base} for row in rows]
+    for key in QUALITY:
+        drawn = _Draws(rows, key)
+        for row, one in zip(rows, told, strict=True):
+            one[key] = _figure(row, base, key, drawn)
+    return sorted(told, key=lambda one: _place(one, sort))
+
+
+def figures(row: Row, key: str) -> list[float]:
+    """Over the seeds."""
+    return [sample.figures[key] for sample in row.samples if sample.figures.get(key) is not None]
+
+
+def notes(found: Sequence[Evaluated], told: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of the table has to know, as sentences."""
+    said = []
+    names = variant_names(found)
+    if without := list(dict.fromkeys(names[one.group] for one in found if one.records is None)):
+        said.append(f"No intervals for {_listed(without)}: these evaluations are of a version that kept no figures of single records. Run `pipeline evaluate` with their experiment file again.")
+    for stage, what in (("cache-teacher", "caches"), ("fit-projection", "projections")):
+        if len({one.runs[stage] for one in found if stage in one.runs}) > 1:
+            said.append(f"The KL and the agreement are with the targets of different {what} here, and can differ by that alone. Bits per byte and accuracy cannot.")
+            break
+    differing = [one[key]["difference"] for one in told for key in QUALITY if one[key] and one[key]["difference"]]
+    if any(difference["interval"] and not difference["paired"] for difference in differing):
+        said.append("Where the records are not those of the baseline, a difference is not paired: its interval is wider than it would be on the same records.")
+    most = max((one["seeds"] for one in told), default=0)
+    if any(one[key] and one[key]["interval"] for one in told for key in QUALITY):
+        if most < 2:
+            said.append("With one seed an interval says what other held-out records could have changed, and nothing of other seeds.")
+        elif most < 5:
+            said.append(f"{most} seeds tell little of all others: what the seed changes is understated in the intervals.")
+    return said
+
+
+class _Draws:
+    """The resamples of a figure for all rows: the same draws for all that are over the same records."""
+
+    def __init__(self, rows: Iterable[Row], key: str) -> None:
+        self._drawn: dict[int, tuple[int, np.ndarray]] = {}
+        sets: dict[frozenset[tuple[str, str]], list[tuple[int, list[tuple[str, str]], np.ndarray, np.ndarray]]] = {}
+        for sample in [sample for row in rows for sample in row.samples]:
+            parts = sample.kept.sums(key) if sample.kept and sample.figures.get(key) is not None else None
+            if parts:
+                sets.setdefault(frozenset(parts[0]), []).append((id(sample), *parts))
+        for stream, members in enumerate(sets.values()):
+            order = {record: place for place, record in enumerate(members[0][1])}
+            over, under = np.zeros((2, len(order), len(members)))
+            for column, (_, ids, above, below) in enumerate(members):
+                places = [order[record] for record in ids]
+                over[places, column], under[places, column] = above, below
+            ratios = resampled(over, under, stream=stream)
+            self._drawn |= {sample: (stream, ratios[:, column]) for column, (sample, *_) in enumerate(members)}
+
+    def of(self, row: Row, apart: bool = False) -> tuple[set[int], np.ndarray] | None:
+        """The records' streams, and the row's figure in each resample; None if a seed's records are not there. apart: draw other seeds."""
+        found = [self._drawn[id(sample)] for sample in row.samples if id(sample) in self._drawn]
+        if not found or len(found) < len(row.samples):
+            return None
+        return {stream for stream, _ in found}, over_seeds(np.stack([drawn for _, drawn in found], 1), apart)
+
+
+def _figure(row: Row, base: Row, key: str, drawn: _Draws) -> dict[str, Any] | None:
+    values = figures(row, key)
+    if not values:
+        return None
+    mean, mine = float(np.mean(values)), drawn.of(row)
+    told: dict[str, Any] = {"mean": mean, "lowest": min(values), "highest": max(values), "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+    found = interval(mine[1]) if mine else None
+    told |= {"interval": list(found) if found else None, "difference": None}
+    if row is not base and (others := figures(base, key)):
+        theirs = drawn.of(base, apart=[sample.seed for sample in row.samples] != [sample.seed for sample in base.samples])
+        between = interval(mine[1] - theirs[1]) if mine and theirs else None
+        told["difference"] = {
+            "mean": mean - float(np.mean(others)),
+            "interval": list(between) if between else None,
+            "excludes_zero": not between[0] <= 0 <= between[1] if between else None,
+            "paired": mine[0] == theirs[0] and len(mine[0]) == 1 if mine and theirs else None,
+        }
+    return told
+
+
+def _told_apart(model: str, one: Evaluated) -> str:
+    stage = {DISTILLED: "train-student", CONTROL: "train-control"}.get(model)
+    return one.runs[stage] if stage in one.runs else repr([one.models[model].get(key) for key in QUALITY])
+
+
+def _in_order(samples: dict[str, Sample]) -> list[Sample]:
+    return sorted(samples.values(), key=lambda sample: -1 if sample.seed is None else sample.seed)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+def _place(one: dict[str, Any], sort: str) -> tuple[bool, float, str]:
+    if sort == "variant":
+        return False, 0.0, one["variant"]
+    mean = one[sort]["mean"] if one[sort] else 0.0
+    return one[sort] is None, -mean if sort in RISES else mean, ""
