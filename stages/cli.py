@@ -180,6 +180,25 @@ def compare(folders: tuple[Path, ...], sort: str, baseline: str | None, form: st
 
 
 @main.command()
+@click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FOLDER...")
+@click.option("--sort", metavar="FIGURE", default="kl_to_teacher", show_default=True, help="As of `pipeline compare`.")
+@click.option("--baseline", metavar="NAME", help="As of `pipeline compare`.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.html", help="Where the page goes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+def report(folders: tuple[Path, ...], sort: str, baseline: str | None, out: Path, as_json: bool) -> None:
+    """One HTML page of several evaluations, with all plots in it. FOLDER: as of `pipeline compare`."""
+    comparison = importlib.import_module("pipeline.reporting.comparison")
+    found = importlib.import_module("pipeline.reporting.inspection_evaluations").found_in(folders)
+    evaluated = [one.evaluated for one in found]
+    table = comparison.rows_of(evaluated)
+    rows = comparison.compared(table, baseline, sort)
+    notes = comparison.notes(evaluated, rows)
+    page = importlib.import_module("pipeline.reporting.report").report(found, table, rows, notes)
+    _write(out.parent, {out.name: page})
+    click.echo(json.dumps({"report": str(out), "rows": rows, "notes": notes}) if as_json else str(out))
+
+
+@main.command()
 @_experiment_options
 def status(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple[str, ...], roots: tuple[str, ...], as_json: bool) -> None:
     """Which stages are finished, begun or missing, and what differs from the nearest finished one."""

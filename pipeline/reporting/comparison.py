@@ -68,9 +68,13 @@ class Evaluated:
 class Sample:
     """One model with one seed."""
 
-    seed: int | None
+    of: Evaluated
     figures: dict[str, Any]
     kept: Kept | None
+
+    @property
+    def seed(self) -> int | None:
+        return self.of.seed
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def rows_of(found: Sequence[Evaluated], models: Sequence[str] = (DISTILLED, CONT
         told = {id(one): _told_apart(model, one) for one in having}
         by_variant: dict[str, dict[str, Sample]] = {}
         for one in having:
-            by_variant.setdefault(names[one.group], {}).setdefault(told[id(one)], Sample(one.seed, one.models[model], one.records.get(model) if one.records else None))
+            by_variant.setdefault(names[one.group], {}).setdefault(told[id(one)], Sample(one, one.models[model], one.records.get(model) if one.records else None))
         if model == DISTILLED:
             rows += [Row(name, model, _in_order(samples)) for name, samples in by_variant.items()]
             continue
@@ -194,7 +198,7 @@ def _figure(row: Row, base: Row, key: str, drawn: _Draws) -> dict[str, Any] | No
     if not values:
         return None
     mean, mine = float(np.mean(values)), drawn.of(row)
-    told: dict[str, Any] = {"mean": mean, "lowest": min(values), "highest": max(values), "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+    told: dict[str, Any] = {"mean": mean, "lowest": min(values), "highest": max(values), "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values}
     found = interval(mine[1]) if mine else None
     told |= {"interval": list(found) if found else None, "difference": None}
     if row is not base and (others := figures(base, key)):

@@ -27,7 +27,7 @@ def plot_curves(path: Path, metrics: dict[str, list[dict[str, float]]], results:
             if points:
                 steps, values = np.array(points).T
                 axis.plot(steps, values, color=COLOURS[name], alpha=0.25, linewidth=0.8)
-                axis.plot(steps, _smooth(values), color=COLOURS[name], label=name)
+                axis.plot(steps, smooth(values), color=COLOURS[name], label=name)
         axis.set(xlabel="optimizer step", ylabel="nats", title=f"training: {loss}")
         axis.legend(frameon=False)
     for axis, (key, title) in zip(axes[len(losses) :], bars, strict=True):
@@ -94,12 +94,12 @@ def plot_attention(path: Path, shown: list[Any], id: str) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential mean over about a twentieth of the run."""
     share = 1 / max(len(values) / 20, 1)
-    smooth = np.empty(len(values))
+    smoothed = np.empty(len(values))
     mean = values[0]
     for i, value in enumerate(values):
         mean += share * (value - mean)
-        smooth[i] = mean
-    return smooth
+        smoothed[i] = mean
+    return smoothed

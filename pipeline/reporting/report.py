@@ -1,0 +1,374 @@
+"""Finished evaluations as one page that needs nothing else: tables, plots, cost, settings and versions."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipeline.files import read_json_lines
+from pipeline.reporting import report_plots as plots
+from pipeline.reporting.comparison import CONTROL, DISTILLED, PARTS, TEACHER, Row, variant_names
+from pipeline.reporting.comparison import figures as over_seeds
+from pipeline.reporting.inspection_evaluations import Found
+from pipeline.reporting.report_plots import Bar, Look
+from pipeline.reporting.tables import COLUMNS, NOTHING, QUALITY
+
+SHARES = {
+    "kl_to_teacher": ("closeness", "exp(−KL): the share of the teacher's probability that the model gives what the teacher expects, in the geometric mean"),
+    "top1_agreement": ("agreement", "the top-1 agreement as it is: the teacher agrees with itself everywhere"),
+    "bits_per_byte": ("compression", "the teacher's bits per byte over the model's"),
+    "accuracy": ("accuracy", "the model's accuracy over the teacher's"),
+}
+"""How a figure becomes a share of the teacher's."""
+SPECIALTIES = 30
+"""Rows of the table; the smallest others are taken together."""
+NOT_LOSSES = {"step", "loss", "learning_rate", "temperature", "gradient_norm"}
+STAGE_OF = {DISTILLED: "train-student", CONTROL: "train-control"}
+
+
+def report(found: Sequence[Found], rows: Sequence[Row], told: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
+    """The page as HTML. rows: of `comparison.rows_of`; told: what `comparison.compared` says of them, in the order of the page."""
+    by_name = {row.name: row for row in rows}
+    ordered = [by_name[one["variant"]] for one in told]
+    looks = dict(zip([row.name for row in ordered], plots.looks([(row.name, row.model) for row in ordered]), strict=True))
+    shown = [(row, looks[row.name]) for row in ordered]
+    sections = [
+        ("results", "Results", _results(told, looks, notes)),
+        ("benchmarks", "Figures with their intervals", _benchmarks(told, looks)),
+        ("training", "Training", _training(found, shown)),
+        ("retention", "What is kept of the teacher", _retention(told, looks)),
+        ("calibration", "Calibration", _calibration(shown)),
+        ("specialties", "By specialty", _specialties(shown)),
+        ("cost", "Cost", _cost(found, shown)),
+        ("settings", "Settings that differ", _settings(found, looks)),
+        ("versions", "Versions", _versions(found)),
+        ("folders", "Made from", _folders(found)),
+    ]
+    title = f"{', '.join(list(dict.fromkeys(variant_names([one.evaluated for one in found]).values()))[:3])}: evaluation"
+    contents = " ".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in sections)
+    body = "\n".join(f'<section id="{key}"><h2>{escape(heading)}</h2>\n{text}\n</section>' for key, heading, text in sections)
+    page = files("pipeline.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    parts = {"title": escape(title), "contents": contents, "body": body}
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+
+
+# --- the sections ---
+
+
+def _results(told: Sequence[dict[str, Any]], looks: dict[str, Look], notes: Sequence[str]) -> str:
+    base = next(one["variant"] for one in told if one["baseline"])
+    head = ["", "model", "seeds", *(COLUMNS[key][0] for key in QUALITY)]
+    lines = [[_swatch(looks[one["variant"]]), escape(one["variant"]), str(one["seeds"]), *(_result(one[key]) for key in QUALITY)] for one in told]
+    legend = f"Mean and, below it, lowest to highest seed; 95 % interval in brackets; difference from {base} with its interval, bold where that excludes 0."
+    return _table(head, lines, left=2) + _paragraphs([legend, *notes])
+
+
+def _result(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return NOTHING
+    lines = [f"<b>{figure['mean']:.3f}</b>"]
+    if figure["lowest"] < figure["highest"]:
+        lines.append(f"{figure['lowest']:.3f} to {figure['highest']:.3f}")
+    if figure["interval"]:
+        lines.append(f"[{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]")
+    difference = figure["difference"]
+    if difference and difference["interval"]:
+        text = f"{difference['mean']:+.3f} [{difference['interval'][0]:+.3f}, {difference['interval'][1]:+.3f}]"
+        lines.append(f"<b>{text}</b>" if difference["excludes_zero"] else text)
+    return lines[0] + "".join(f'<br><span class="fine">{line}</span>' for line in lines[1:])
+
+
+def _benchmarks(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> str:
+    panels = []
+    for key in QUALITY:
+        having = [one for one in told if one[key]]
+        if having:
+            panels.append((COLUMNS[key][0], [Bar(looks[one["variant"]], one[key]["mean"], one[key]["interval"] and tuple(one[key]["interval"]), one[key]["values"]) for one in having]))
+    with plots.style("bars"):
+        drawn = _drawn(plots.bars(panels), "bars", "Bars of each figure with 95 % intervals")
+    return drawn + _paragraphs(["Lines: 95 % intervals. Circles: single seeds."]) + _differences(told, looks)
+
+
+def _differences(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> str:
+    """Of the trained students: beside an untrained one they would all look alike."""
+    base = next(one for one in told if one["baseline"])
+    panels = []
+    for key in QUALITY:
+        found = [(looks[one["variant"]], one[key]["difference"]) for one in told if one["model"] in STAGE_OF and one[key] and (one[key]["difference"] or {}).get("interval")]
+        if found:
+            panels.append((COLUMNS[key][0], [Bar(look, difference["mean"], tuple(difference["interval"]), []) for look, difference in found]))
+    if not panels:
+        return ""
+    with plots.style("differences"):
+        drawn = _drawn(plots.differences(panels), "differences", "Differences from the baseline with 95 % intervals")
+    return f"<h3>Differences from {escape(base['variant'])}</h3>" + drawn + _paragraphs(["Full circles: the 95 % interval excludes 0."])
+
+
+def _training(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
+    panels: dict[str, list[tuple[Look, list[tuple[np.ndarray, np.ndarray]]]]] = {}
+    missing: list[Look] = []
+    for row, look in shown:
+        if row.model not in STAGE_OF:
+            continue
+        logs = [read_json_lines(run.file("metrics.jsonl")) for run in _runs(found, row)]
+        if len(logs) < len(row.samples):
+            missing.append(look)
+        losses = dict.fromkeys(key for log in logs for line in log for key in line if key not in NOT_LOSSES)
+        for loss in losses:
+            seeds = [_points(log, loss) for log in logs if any(loss in line for line in log)]
+            panels.setdefault(loss, []).append((look, seeds))
+    said = ["Each part of the objective, unweighted, and what `training.validation` measured; smoothed over a twentieth of the run. Lines: mean over seeds; bands: lowest to highest seed."]
+    if missing:
+        said.append(f"No training log of {', '.join(look.letter for look in missing)}, or not of every seed: the folders of train-student are not beside those of evaluate.")
+    if not panels:
+        return _paragraphs(said[1:])
+    with plots.style("curves"):
+        drawn = _drawn(plots.curves(list(panels.items())), "curves", "Training losses over the steps")
+    return _key(list(dict.fromkeys(look for rows in panels.values() for look, _ in rows))) + drawn + _paragraphs(said)
+
+
+def _points(log: list[dict[str, float]], loss: str) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = np.array([(line["step"], line[loss]) for line in log if loss in line]).T
+    return steps.astype(int), values
+
+
+def _retention(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> str:
+    teacher = next((one for one in told if one["model"] == TEACHER), None)
+    others = [one for one in told if one["model"] != TEACHER]
+    if teacher is None or sum(one["model"] == TEACHER for one in told) > 1:
+        return _paragraphs(["These evaluations have no one teacher, so there is nothing to take shares of."])
+    keys = [key for key in SHARES if teacher[key] and (key not in ("accuracy",) or teacher[key]["mean"] > 0) and all(one[key] for one in others)]
+    if not keys or not others:
+        return _paragraphs(["No figure is known of the teacher and of all models."])
+    shares = [(looks[one["variant"]], [_share(key, one[key]["mean"], teacher[key]["mean"]) for key in keys]) for one in others]
+    with plots.style("radar"):
+        drawn = _drawn(plots.radar([SHARES[key][0] for key in keys], shares), "radar", "Share of the teacher's figures that each model keeps")
+    lines = [[_swatch(look), escape(look.name), *(f"{value:.1%}" for value in values)] for look, values in shares]
+    said = [f"The teacher is at 100 %. {'; '.join(f'{SHARES[key][0]}: {SHARES[key][1]}' for key in keys)}."]
+    return f'<div class="beside">{drawn}{_table(["", "model", *(SHARES[key][0] for key in keys)], lines, left=2)}</div>' + _paragraphs(said)
+
+
+def _share(key: str, value: float, teacher: float) -> float:
+    if key == "kl_to_teacher":
+        return math.exp(-value)
+    if key == "bits_per_byte":
+        return teacher / value if value else 1.0
+    return value / teacher
+
+
+def _calibration(shown: Sequence[tuple[Row, Look]]) -> str:
+    rows = []
+    for row, look in shown:
+        bins = [np.array(sample.figures["calibration"]) for sample in row.samples if sample.figures.get("calibration")]
+        if bins:
+            rows.append((look, np.sum(bins, 0), float(np.mean(over_seeds(row, "calibration_error")))))
+    if not rows:
+        return _paragraphs(["These evaluations did not measure it: `evaluation.benchmarks` lacks `calibration`, or they are of a version before it."])
+    with plots.style("reliability"):
+        drawn = _drawn(plots.reliability(rows), "reliability", "Reliability diagrams")
+    said = ["At the positions of the held-out answers: how often the most likely token is the one that follows, by its probability."]
+    said.append("Below the dotted line a model is too sure. Bars: the share of positions in each bin. Error: the mean gap, weighted by positions (ECE); of several seeds the mean.")
+    return _key([look for look, _, _ in rows]) + drawn + _paragraphs(said)
+
+
+def _specialties(shown: Sequence[tuple[Row, Look]]) -> str:
+    kept = [(row, look) for row, look in shown if all(sample.kept for sample in row.samples)]
+    counts: dict[str, int] = {}
+    for specialty in next((sample.kept.specialties for row, _ in kept for sample in row.samples if sample.kept), []):
+        counts[specialty or "none given"] = counts.get(specialty or "none given", 0) + 1
+    if not kept:
+        return _paragraphs(["These evaluations are of a version that kept no figures of single records."])
+    if len(counts) < 2:
+        return _paragraphs(["The held-out records have no specialties."])
+    named = sorted(counts, key=lambda name: (-counts[name], name))
+    pooled = {name: name for name in named[:SPECIALTIES]} | {name: f"{len(named) - SPECIALTIES} others" for name in named[SPECIALTIES:]}
+    sizes: dict[str, int] = {}
+    for name in named:
+        sizes[pooled[name]] = sizes.get(pooled[name], 0) + counts[name]
+    parts = [_key([look for _, look in kept])]
+    for key in ("kl_to_teacher", "bits_per_byte", "accuracy"):
+        columns = [(look, _by_specialty(row, key, pooled)) for row, look in kept if row.model != TEACHER or key != "kl_to_teacher"]
+        columns = [(look, values) for look, values in columns if values]
+        if columns:
+            lines = [[escape(name), str(size), *(_number(values.get(name)) for _, values in columns)] for name, size in sizes.items() if any(name in values for _, values in columns)]
+            parts.append(f"<h3>{COLUMNS[key][0]}</h3>" + _table(["specialty", "records", *(look.letter for look, _ in columns)], lines))
+    return "".join(parts) + _paragraphs(["Means over seeds. A specialty with few records says little."])
+
+
+def _by_specialty(row: Row, key: str, pooled: dict[str, str]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for sample in row.samples:
+        assert sample.kept
+        over, under = PARTS[key](sample.kept.columns)
+        names = np.array([pooled.get(name or "none given", "") for name in sample.kept.specialties])
+        there = np.isfinite(over) & np.isfinite(under)
+        for name in np.unique(names[there]):
+            mine = there & (names == name)
+            if under[mine].sum():
+                found.setdefault(str(name), []).append(float(over[mine].sum() / under[mine].sum()))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _cost(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
+    caches: dict[str, list[str]] = {}
+    for one in found:
+        cache, teacher = one.results.get("cache"), one.evaluated.models.get(TEACHER, {})
+        if cache:
+            speed = teacher.get("tokens_per_second")
+            seconds = _duration(cache["tokens"] / speed) if speed else NOTHING
+            size = cache["tokens"] * cache["bytes_per_token"]
+            name = one.evaluated.runs.get("cache-teacher", "")
+            caches.setdefault(
+                name or repr(cache),
+                [f"<code>{escape(name) or NOTHING}</code>", seconds, f"{cache['tokens']:,}", _bytes(size), f"{cache['bytes_per_token']:.0f}", _megabytes(teacher.get("peak_memory_mb"))],
+            )
+    lines, sittings = [], False
+    for row, look in shown:
+        if row.model not in STAGE_OF or not (runs := _runs(found, row)):
+            continue
+        seconds = [run.summary.get("seconds") for run in runs]
+        sittings |= any(value is None for value in seconds)
+        known = [float(run.manifest["machine"]["seconds"] if value is None else value) for run, value in zip(runs, seconds, strict=True)]
+        spread = f"{_duration(min(known))} to {_duration(max(known))}" if max(known) > min(known) else ""
+        memory = max((run.summary["peak_memory_mb"] for run in runs if "peak_memory_mb" in run.summary), default=None)
+        first = runs[0].summary
+        lines.append(
+            [
+                _swatch(look),
+                escape(row.name),
+                str(len(runs)),
+                f"{_duration(float(np.mean(known)))}<br><span class='fine'>{spread}</span>",
+                f"{first.get('steps', 0):,}",
+                f"{first.get('parameters', 0) / 1e6:.1f} M",
+                _megabytes(memory),
+            ]
+        )
+    parts = []
+    if caches:
+        parts.append("<h3>The teacher, once</h3>" + _table(["cache", "forward passes", "tokens", "size", "bytes per token", "peak memory"], caches.values()))
+    if lines:
+        parts.append("<h3>Each student</h3>" + _table(["", "model", "seeds", "training time", "steps", "parameters", "peak memory"], lines, left=2))
+    said = ["The teacher's time is that of its forward passes, summed over shards and machines, without loading."]
+    said.append("The students' is wall-clock time, over all sittings as far as checkpoints were kept.")
+    if sittings:
+        said.append("Students of an older version: the time of the last sitting.")
+    return "".join(parts) + _paragraphs(said if parts else ["These folders say nothing of it."])
+
+
+def _settings(found: Sequence[Found], looks: dict[str, Look]) -> str:
+    names = variant_names([one.evaluated for one in found])
+    variants: dict[str, dict[str, str]] = {}
+    for one in found:
+        if one.evaluated.settings:
+            variants.setdefault(names[one.evaluated.group], one.evaluated.settings)
+    keys = sorted({key for settings in variants.values() for key in settings} - {"training.seed"})
+    lines = []
+    for key in keys:
+        values: dict[str, list[str]] = {}
+        for name, settings in variants.items():
+            values.setdefault(settings.get(key, NOTHING), []).append(name)
+        if len(values) > 1:
+            cell = "".join(f'<div class="setting">{"".join(_swatch(looks[name]) for name in having)} <code>{escape(value)}</code></div>' for value, having in values.items())
+            lines.append([f"<code>{escape(key)}</code>", cell])
+    if len(variants) < 2:
+        return _paragraphs(["There is one variant, or the folders say nothing of their settings."])
+    if not lines:
+        return _paragraphs(["None: the variants have the same settings."])
+    return _key([looks[name] for name in variants]) + _table(["setting", "value"], lines, left=2)
+
+
+def _versions(found: Sequence[Found]) -> str:
+    runs: dict[str, dict[str, Any]] = {}
+    for one in found:
+        for stage, run in [*one.upstream.items(), *([("evaluate", one.finished)] if one.finished else [])]:
+            runs.setdefault(stage, {})[str(run.path)] = run.manifest["machine"]
+    if not runs:
+        return _paragraphs(["These folders say nothing of them."])
+    stages = [stage for stage in ("cache-teacher", "fit-projection", "train-student", "train-control", "evaluate") if stage in runs]
+    what: dict[str, dict[str, list[str]]] = {}
+    for stage in stages:
+        for machine in runs[stage].values():
+            for key, value in {**{key: machine.get(key) for key in ("python", "platform", "processors")}, **(machine.get("versions") or {})}.items():
+                seen = what.setdefault(key, {}).setdefault(stage, [])
+                if (text := NOTHING if value is None else str(value)) not in seen:
+                    seen.append(text)
+    lines = []
+    for key, by_stage in what.items():
+        if len({tuple(values) for values in by_stage.values()}) == 1:
+            lines.append([escape(key), escape(", ".join(next(iter(by_stage.values())))) + ("" if len(by_stage) == len(stages) else f" ({', '.join(by_stage)})")])
+        else:
+            lines.append([escape(key), "<br>".join(f"{stage}: {escape(', '.join(values))}" for stage, values in by_stage.items())])
+    return _table(["", "of all stages, where nothing else is said"], lines, left=2)
+
+
+def _folders(found: Sequence[Found]) -> str:
+    names = variant_names([one.evaluated for one in found])
+    lines = []
+    for one in found:
+        seed = NOTHING if one.evaluated.seed is None else str(one.evaluated.seed)
+        places = [one.finished.path] if one.finished else []
+        places += [run.path for stage, run in one.upstream.items() if stage == "train-student"]
+        lines.append([escape(names[one.evaluated.group]), seed, "<br>".join(f"<code>{escape(str(place))}</code>" for place in places) or NOTHING])
+    return _table(["variant", "seed", "folders"], lines, left=3)
+
+
+# --- what they are made of ---
+
+
+def _runs(found: Sequence[Found], row: Row) -> list[Any]:
+    """The finished trainings of a row, as far as they are here."""
+    by_evaluation = {id(one.evaluated): one for one in found}
+    upstream = [by_evaluation[id(sample.of)].upstream for sample in row.samples]
+    return [runs[STAGE_OF[row.model]] for runs in upstream if STAGE_OF[row.model] in runs]
+
+
+def _drawn(figure: Figure, name: str, what: str) -> str:
+    return f'<figure aria-label="{escape(what)}">{plots.as_svg(figure, name)}</figure>'
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Cells are HTML. left: so many columns hold text."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}{' class=left' if number < left else ''}>{cell}</{tag}>" for number, cell in enumerate(cells)) + "</tr>"
+
+    return f'<div class="wide"><table><thead>{row([escape(cell) for cell in head], "th")}</thead><tbody>{"".join(row(line, "td") for line in lines)}</tbody></table></div>'
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def _swatch(look: Look) -> str:
+    return f'<span class="swatch" style="background: {look.colour}" title="{escape(look.name)}">{look.letter}</span>'
+
+
+def _key(shown: Sequence[Look]) -> str:
+    return '<ul class="key">' + "".join(f"<li>{_swatch(look)} {escape(look.name)}</li>" for look in shown) + "</ul>"
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _megabytes(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f} MB"
