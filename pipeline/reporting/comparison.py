@@ -215,7 +215,10 @@ def _figure(row: Row, base: Row, key: str, drawn: _Draws) -> dict[str, Any] | No
 
 def _told_apart(model: str, one: Evaluated) -> str:
     stage = {DISTILLED: "train-student", CONTROL: "train-control"}.get(model)
-    return one.runs[stage] if stage in one.runs else repr([one.models[model].get(key) for key in QUALITY])
+    if stage in one.runs:
+        return one.runs[stage]
+    said = [one.models[model].get(key) for key in QUALITY]
+    return " ".join("" if value is None else f"{value:.4g}" for value in said)  # the last digits may be the device's
 
 
 def _in_order(samples: dict[str, Sample]) -> list[Sample]:

@@ -27,6 +27,7 @@ SHARES = {
 """How a figure becomes a share of the teacher's."""
 SPECIALTIES = 30
 """Rows of the table; the smallest others are taken together."""
+MARK = '<span class="swatch"'
 NOT_LOSSES = {"step", "loss", "learning_rate", "temperature", "gradient_norm"}
 STAGE_OF = {DISTILLED: "train-student", CONTROL: "train-control"}
 
@@ -231,9 +232,9 @@ def _cost(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
     for row, look in shown:
         if row.model not in STAGE_OF or not (runs := _runs(found, row)):
             continue
-        seconds = [run.summary.get("seconds") for run in runs]
-        sittings |= any(value is None for value in seconds)
-        known = [float(run.manifest["machine"]["seconds"] if value is None else value) for run, value in zip(runs, seconds, strict=True)]
+        worked = [run.summary.get("seconds") for run in runs]
+        sittings |= any(value is None for value in worked)
+        known = [float(run.manifest["machine"]["seconds"] if value is None else value) for run, value in zip(runs, worked, strict=True)]
         spread = f"{_duration(min(known))} to {_duration(max(known))}" if max(known) > min(known) else ""
         memory = max((run.summary["peak_memory_mb"] for run in runs if "peak_memory_mb" in run.summary), default=None)
         first = runs[0].summary
@@ -335,7 +336,8 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -
     """Cells are HTML. left: so many columns hold text."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=left' if number < left else ''}>{cell}</{tag}>" for number, cell in enumerate(cells)) + "</tr>"
+        kinds = ["mark" if cell.startswith(MARK) else "left" if number < left else "" for number, cell in enumerate(cells)]
+        return "<tr>" + "".join(f"<{tag}{f' class={kind}' if kind else ''}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
 
     return f'<div class="wide"><table><thead>{row([escape(cell) for cell in head], "th")}</thead><tbody>{"".join(row(line, "td") for line in lines)}</tbody></table></div>'
 
@@ -345,7 +347,7 @@ def _paragraphs(texts: Sequence[str]) -> str:
 
 
 def _swatch(look: Look) -> str:
-    return f'<span class="swatch" style="background: {look.colour}" title="{escape(look.name)}">{look.letter}</span>'
+    return f'{MARK} style="background: {look.colour}" title="{escape(look.name)}">{look.letter}</span>'
 
 
 def _key(shown: Sequence[Look]) -> str:

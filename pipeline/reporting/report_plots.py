@@ -14,7 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.projections.polar import PolarAxes
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.reporting.plots import smooth
 
@@ -26,6 +28,8 @@ POINTS = 400
 """That a curve is drawn with."""
 NAME = 30
 """Letters in a line of a name."""
+LETTER = 0.065
+"""Of a panel's height."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,12 @@ def differences(panels: Sequence[tuple[str, Sequence[Bar]]]) -> Figure:
         low, high = bar.interval or (bar.mean, bar.mean)
         axis.plot((low, high), (y, y), color=bar.look.colour, linewidth=2.2, solid_capstyle="butt")
         axis.plot(bar.mean, y, marker="o", markersize=5.5, color=bar.look.colour, markerfacecolor=bar.look.colour if not low <= 0 <= high else "none", markeredgewidth=1.5)
-        axis.annotate(f"{bar.mean:+.3f}", (high, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.annotate(f"{bar.mean:+.3f}".replace("-", "−"), (bar.mean, y), (0, 4.5), textcoords="offset points", ha="center", va="bottom", fontsize=8)
 
     figure, axes = _rows_of_panels(panels, draw)
     for axis in axes:
-        axis.axvline(0, color=INK, linewidth=0.9)
-        axis.margins(x=0.16)
+        axis.axvline(0, color=INK, linewidth=0.9, zorder=1)
+        axis.margins(x=0.08)
     return figure
 
 
@@ -108,6 +112,7 @@ def _rows_of_panels(panels: Sequence[tuple[str, Sequence[Bar]]], draw: Callable[
             draw(axis, every.index(bar.look), bar)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_yticks(range(len(every)), names, fontsize=8.5)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.grid(axis="x", linewidth=0.6)
         axis.tick_params(axis="y", length=0)
     axes[0].set_ylim(len(every) - 0.4, -0.6)
@@ -130,7 +135,7 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[Look, Sequence[tuple[np.nd
             shown = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
             steps, smoothed = steps[shown], smoothed[:, shown]
             if len(seeds) > 1:
-                axis.fill_between(steps, smoothed.min(0), smoothed.max(0), color=look.colour, alpha=0.18, linewidth=0)
+                axis.fill_between(steps, smoothed.min(0), smoothed.max(0), color=look.colour, alpha=0.15, linewidth=0)
             axis.plot(steps, smoothed.mean(0), color=look.colour, linestyle=look.dashes, linewidth=1.4, marker="o" if len(steps) == 1 else "")
             ends.append((look, float(smoothed.mean(0)[-1])))
             lowest.append(smoothed[:, len(steps) // 20 :].min())
@@ -225,7 +230,10 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def _name(look: Look) -> str:
-    """Letter and name, on two lines at most."""
+    """Letter and name, on two lines at most; the letter alone where the font lacks one of the name's."""
+    font = get_font(findfont("DejaVu Sans"))
+    if any(not font.get_char_index(ord(letter)) for letter in look.name if letter.isprintable()):
+        return look.letter
     lines = textwrap.wrap(look.name, NAME) or [""]
     if len(lines) > 2:
         lines = [lines[0], lines[1][: NAME - 1].rstrip() + "…"]
@@ -235,11 +243,12 @@ def _name(look: Look) -> str:
 def _letters_at_the_end(axis: Axes, ends: Sequence[tuple[Look, float]]) -> None:
     """Beside the curves' ends, apart where these are close."""
     low, high = axis.get_ylim()
-    places = sorted(((end - low) / (high - low), number) for number, (_, end) in enumerate(ends))
+    wanted = sorted(((end - low) / (high - low), number) for number, (_, end) in enumerate(ends))
     heights: list[float] = []
-    for height, _ in places:
-        heights.append(max(height, heights[-1] + 0.065) if heights else height)
-    over = max(heights[-1] - 1.0, 0.0)
-    for (_, number), height in zip(places, heights, strict=True):
+    for height, _ in wanted:
+        heights.append(max(height, heights[-1] + LETTER) if heights else height)
+    moved = float(np.mean([height - want for height, (want, _) in zip(heights, wanted, strict=True)]))
+    moved = max(min(moved, heights[0]), heights[-1] - 1)  # around where they end, but inside the frame
+    for (_, number), height in zip(wanted, heights, strict=True):
         look = ends[number][0]
-        axis.annotate(look.letter, (1.01, height - over), xycoords="axes fraction", va="center", fontsize=8.5, color=look.colour, fontweight="bold")
+        axis.annotate(look.letter, (1.01, height - moved), xycoords="axes fraction", va="center", fontsize=8.5, color=look.colour, fontweight="bold")

@@ -3,7 +3,9 @@
 import csv
 import io
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 COLUMNS = {
     "bits_per_byte": ("bits per byte", "{:.3f}"),
@@ -19,6 +21,8 @@ COLUMNS = {
 QUALITY = ("kl_to_teacher", "bits_per_byte", "top1_agreement", "accuracy")
 SPREAD = ("mean", "lowest", "highest", "deviation")
 NOTHING = "–"
+NAME = 36
+"""Columns that a name may take before it goes on in the next line."""
 MARKS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {mark: f"\\{mark}" for mark in "\\|*_`[]#~"}
 
 
@@ -45,13 +49,14 @@ def comparison_table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) 
 def comparison_text(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
     """In aligned columns."""
     cells = [[["variant"], ["seeds"], *([COLUMNS[key][0]] for key in QUALITY)]]
-    cells += [[[printable(row["variant"])], [str(row["seeds"])], *(_lines(row, key) for key in QUALITY)] for row in rows]
-    widths = [max(len(line) for row in cells for line in row[column]) for column in range(len(QUALITY) + 2)]
+    cells += [[wrap(printable(row["variant"]), NAME) or [""], [str(row["seeds"])], *(_lines(row, key) for key in QUALITY)] for row in rows]
+    widths = [max(_width(line) for row in cells for line in row[column]) for column in range(len(QUALITY) + 2)]
     lines = []
     for row in cells:
         for n in range(max(map(len, row))):
             parts = [(cell[n] if n < len(cell) else "") for cell in row]
-            lines.append("  ".join(part.rjust(width) if column else part.ljust(width) for column, (part, width) in enumerate(zip(parts, widths, strict=True))).rstrip())
+            padded = [(" " * (width - _width(part)), part) for part, width in zip(parts, widths, strict=True)]
+            lines.append("  ".join(pad + part if column else part + pad for column, (pad, part) in enumerate(padded)).rstrip())
     return "\n".join(lines) + "\n" + "".join(f"\n{printable(note)}\n" for note in _legend(rows, notes))
 
 
@@ -100,6 +105,11 @@ def _legend(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> list[str]:
         base = next(row["variant"] for row in rows if row["baseline"])
         said.append(f"+ or -: the difference from {base}; * its interval excludes 0")
     return [*(["; ".join(said) + "."] if said else []), *notes]
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal."""
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text if not combining(letter))
 
 
 def printable(text: str) -> str:
