@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.config import load_ablation
 from pipeline.errors import ConfigError
-from pipeline.reporting.tables import ablation_rows, ablation_table
+from pipeline.reporting.comparison import CONTROL, DISTILLED, Evaluated, compared, rows_of
+from pipeline.reporting.tables import comparison_table
 from tests.conftest import CONFIG, Place
 from tests.test_reliability import copied
 
@@ -62,7 +63,11 @@ def test_what_is_missing_is_run_once_and_a_second_call_does_nothing(place: Place
     for row in told["rows"]:
         name, model = (row["variant"], "distilled") if row["variant"] != "without the teacher" else ("reverse", "sft")
         values = [trial["models"][model]["kl_to_teacher"] for trial in trials if trial["variant"] == name]
-        assert row["kl_to_teacher"] == {"mean": pytest.approx(sum(values) / 2), "lowest": min(values), "highest": max(values)}
+        figure = row["kl_to_teacher"]
+        assert (figure["mean"], figure["lowest"], figure["highest"]) == (pytest.approx(sum(values) / 2), min(values), max(values))
+        assert figure["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
+        assert (figure["difference"] is None) == row["baseline"] == (row["variant"] == "as it is")
     kls = [row["kl_to_teacher"]["mean"] for row in told["rows"]]
     assert kls == sorted(kls)
     with (place.path / "runs" / "a" / "ablation.csv").open() as file:
@@ -139,15 +144,17 @@ def test_a_grid_is_every_combination(tmp_path: Path):
 
 
 def test_controls_of_their_own_have_rows_of_their_own_and_a_single_seed_no_spread():
-    def trial(variant: str, seed: int, control: str, kl: float | None) -> dict:
+    def one(variant: str, seed: int, control: str, kl: float | None) -> Evaluated:
         models = {"distilled": {"kl_to_teacher": kl, "bits_per_byte": 1.0}, "sft": {"kl_to_teacher": 3.0}}
-        return {"variant": variant, "seed": seed, "folders": {"train-student": f"{variant}{seed}", "train-control": control}, "models": models}
+        return Evaluated(variant, variant, seed, models, None, {"train-student": f"{variant}{seed}", "train-control": control})
 
-    rows = ablation_rows([trial("a", 0, "x", 2.0), trial("b", 0, "y", None)])
-    assert [row["variant"] for row in rows] == ["a", "a, without the teacher", "b, without the teacher", "b"]
-    assert rows[-1]["kl_to_teacher"] is None
-    table = ablation_table(rows)
-    assert "| a | 1 | 2.000 | 1.000 | – | – |" in table
-    together = ablation_rows([trial("a", 0, "x", 2.0), trial("a", 1, "z", 2.5), trial("b", 0, "x", 1.0), trial("b", 1, "z", 1.0)])
+    def rows(*found: Evaluated) -> list[dict]:
+        return compared(rows_of(found, (DISTILLED, CONTROL)))
+
+    apart = rows(one("a", 0, "x", 2.0), one("b", 0, "y", None))
+    assert [row["variant"] for row in apart] == ["a", "a, without the teacher", "b, without the teacher", "b"]
+    assert apart[-1]["kl_to_teacher"] is None
+    assert "| a | 1 | 2.000 | 1.000 | – | – |" in comparison_table(apart)
+    together = rows(one("a", 0, "x", 2.0), one("a", 1, "z", 2.5), one("b", 0, "x", 1.0), one("b", 1, "z", 1.0))
     assert [row["variant"] for row in together] == ["b", "a", "without the teacher"]
-    assert "2.250 (2.000–2.500)" in ablation_table(together)
+    assert "2.250 (2.000–2.500)" in comparison_table(together)

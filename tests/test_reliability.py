@@ -432,8 +432,11 @@ def test_a_notice_that_the_machine_goes_away_stops_training_at_a_checkpoint(done
     steps = sorted(int(file.stem.removeprefix("step-")) for file in (folder / "commits").iterdir())
     assert steps[0] == 5
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == steps[-1]
+    worked = json.loads((folder / "commits" / f"step-{steps[-1]:07d}.json").read_text())["info"]["seconds"]
     process = place.start("train-student", CONFIG, *SLOW_TRAINING, "--set", "machine.checkpoint_steps=5")
     process.communicate()
+    finished = FinishedFolder(folder)
+    assert worked < finished.summary["seconds"] <= worked + finished.manifest["machine"]["seconds"] + 0.2  # both sittings
     straight = place.start("--runs", "straight", "train-student", CONFIG, *SLOW_TRAINING, "--use", f"cache-teacher={done.finished('cache-teacher').path}")
     straight.communicate()
     (other,) = (place.path / "straight" / "train-student").glob("*")

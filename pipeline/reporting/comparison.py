@@ -90,6 +90,8 @@ def rows_of(found: Sequence[Evaluated], models: Sequence[str] = (DISTILLED, CONT
     rows = []
     for model in models:
         having = [one for one in found if model in one.models]
+        if not having:
+            continue
         told = {id(one): _told_apart(model, one) for one in having}
         by_variant: dict[str, dict[str, Sample]] = {}
         for one in having:

@@ -222,7 +222,8 @@ def _cost(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
         if cache:
             speed = teacher.get("tokens_per_second")
             seconds = _duration(cache["tokens"] / speed) if speed else NOTHING
-            size = cache["tokens"] * cache["bytes_per_token"]
+            there = one.upstream.get("cache-teacher")
+            size = there.size() if there else cache["tokens"] * cache["bytes_per_token"]
             name = one.evaluated.runs.get("cache-teacher", "")
             caches.setdefault(
                 name or repr(cache),

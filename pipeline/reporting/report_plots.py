@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.reporting.plots import smooth
 
-INK, FAINT = "#010203", "#040506"
-"""Of text and axes, and of grids: the page puts its own colours in their place."""
+INK = "#010203"
+"""Of text, axes and grids: the page puts its own colour in its place."""
 PALETTE = ("#2f74c0", "#d9772b", "#2e9b74", "#c2497a", "#8569c7", "#a0851c", "#2f9fc4", "#96603f")
 GREY = "#8a8a8a"
 POINTS = 400
@@ -208,7 +208,7 @@ def reliability(rows: Sequence[tuple[Look, np.ndarray, float]]) -> Figure:
 @contextmanager
 def style(salt: str) -> Iterator[None]:
     """In which the plots are to be made and written."""
-    settings: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {"grid.color": FAINT, "axes.axisbelow": True}
+    settings: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {"grid.color": INK, "grid.alpha": 0.17, "axes.axisbelow": True}
     settings |= {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "xtick.labelsize": 8, "ytick.labelsize": 8}
     settings |= {"svg.hashsalt": salt, "svg.fonttype": "path", "text.parse_math": False, "axes.facecolor": "none", "figure.facecolor": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
@@ -226,7 +226,7 @@ def as_svg(figure: Figure, name: str) -> str:
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"', "", svg, count=3).replace("xlink:href=", "href=")
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'(<svg [^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'\1style="width: \2pt"', svg, count=1).replace("<svg ", '<svg role="img" ', 1)
-    return svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
+    return svg.replace(INK, "currentColor")
 
 
 def _name(look: Look) -> str:

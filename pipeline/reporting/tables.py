@@ -73,7 +73,7 @@ def comparison_csv(rows: Sequence[dict[str, Any]]) -> str:
             difference = figure.get("difference") or {}
             values += [figure.get(what) for what in SPREAD]
             values += [*(figure.get("interval") or (None, None)), difference.get("mean"), *(difference.get("interval") or (None, None)), difference.get("paired")]
-        writer.writerow([row["variant"], row["seeds"], *("" if value is None else value for value in values), row["model"], row["baseline"]])
+        writer.writerow([printable(row["variant"]), row["seeds"], *("" if value is None else value for value in values), row["model"], row["baseline"]])
     return text.getvalue()
 
 
