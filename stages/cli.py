@@ -19,7 +19,7 @@ from pipeline.reporting.tables import comparison_csv, comparison_table, comparis
 from pipeline.running.ablation import results, trials
 from pipeline.running.ablation import run as run_trials
 from pipeline.running.folder import FinishedFolder, findings, repair
-from pipeline.running.runner import Runner
+from pipeline.running.runner import Runner, is_main_process
 from pipeline.running.stopping import stops_when_asked
 from stages import STAGES
 
@@ -43,7 +43,12 @@ class PipelineGroup(click.Group):
         except (KeyboardInterrupt, click.exceptions.Exit, click.ClickException):
             raise
         except Exception as error:
-            _fail(context, f"{type(error).__name__}: {error}\nThis is not an error that pipeline knows. `pipeline --debug ...` shows where it arose; what was finished is kept.", 1)
+            among = (
+                ""
+                if os.environ.get("WORLD_SIZE", "1") == "1"
+                else "\nThis is one of several processes. If another has ended before it, that one's message says why; the same command goes on from the last checkpoint."
+            )
+            _fail(context, f"{type(error).__name__}: {error}\nThis is not an error that pipeline knows. `pipeline --debug ...` shows where it arose; what was finished is kept.{among}", 1)
 
 
 def _fail(context: click.Context, message: str, status: int) -> None:
@@ -102,8 +107,9 @@ def _add_stage_command(name: str, text: str) -> None:
         runner = _runner(runs, experiment, changes, given, roots)
         with stops_when_asked():
             report = runner.run(name)
-        _publish(runner, report)
-        _show(report, as_json)
+        if is_main_process():
+            _publish(runner, report)
+            _show(report, as_json)
 
 
 for _stage in STAGES:
@@ -119,8 +125,10 @@ def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
     with stops_when_asked():
         for stage in runner.planned():
             reports.append(runner.run(stage.name))
-            if not as_json:
+            if is_main_process() and not as_json:
                 click.echo(f"{stage.name}: {reports[-1]['state']} ({reports[-1]['folder']})", err=True)
+    if not is_main_process():
+        return
     _publish(runner, reports[-1])
     if as_json:
         click.echo(json.dumps({"stages": reports}))

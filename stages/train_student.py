@@ -19,7 +19,7 @@ from pipeline.cache.order import Order
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache, Example, Place
 from pipeline.config import Machine, Student, Training
-from pipeline.errors import DamageError, InputError, NumericsError, Stopped
+from pipeline.errors import DamageError, InputError, NumericsError, PipelineError, Stopped
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
 from pipeline.models.adapters import add_adapters, merge_adapters, save_adapter, sizes
@@ -189,7 +189,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
 
     out.plan("steps", steps)
     state = specialties.state | (calibration.state if calibration else {}) | (adaptive.state if adaptive else {})
-    begin = _resume(out, module, optimizer, state, accelerator.is_main_process)
+    with accelerator.main_process_first():  # it takes away what is damaged, and the others then see the same
+        begin = _resume(out, module, optimizer, state, accelerator.is_main_process)
+    if accelerator.reduce(torch.tensor(begin, device=accelerator.device), "sum") != begin * accelerator.num_processes:
+        raise PipelineError(f"The processes do not see the same checkpoints in {out.path}: this one has step {begin}. Run the command again when every machine's file system shows the same.")
     before = float(out.info(_name(begin)).get("seconds", 0.0)) if begin else 0.0
     aside = batches_of(of_this_process(watched), training.temperature.end)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
@@ -242,6 +245,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             log.flush()
             _checkpoint(out, step + 1, module, optimizer, state, log.best, before + time.monotonic() - started)
         if stops:
+            accelerator.wait_for_everyone()  # a launcher kills the others half a minute after one has ended
             raise Stopped
     log.close()
 

@@ -149,11 +149,9 @@ class Runner:
                         f"Run `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER."
                     )
                 self.run(need.name)
-        is_main = os.environ.get("RANK", "0") == "0"
+        is_main = is_main_process()
         if not is_main and not stage.parallel:
-            while not self.is_finished(stage):
-                time.sleep(0.2)
-            return self._report(stage, "done", FinishedFolder(folder).summary)
+            return self._made_by_another(stage)
         inputs = Inputs({need.name: FinishedFolder(self.folder(need)) for need in self.needs(stage)}, self.runs)
         sections = {section: getattr(self._settings(stage), section) for section in stage.reads}
         function = importlib.import_module(stage.module).run
@@ -162,7 +160,8 @@ class Runner:
         assert set(stage.reads) <= set(wanted) <= {*given, "out"}, f"{stage.module}.run must take exactly what the stage declares"
         out = RunFolder(folder, writers="none" if not is_main else "several" if stage.several else "one", settings=self._settings_digest(stage))
         try:
-            self.say(f"{name}: {folder}")
+            if is_main:
+                self.say(f"{name}: {folder}")
             built_on = {need: finished.root for need, finished in inputs.folders.items()}
             if is_main:
                 write_json(folder / "key.json", self.identity(stage))
@@ -178,7 +177,7 @@ class Runner:
                 out.seal(stage.folder, fingerprint(self.identity(stage)), self.identity(stage), built_on, summary, self._machine(time.monotonic() - started))
         finally:
             out.close()
-        return self._report(stage, "done", summary)
+        return self._report(stage, "done", summary) if is_main else self._made_by_another(stage)
 
     def status(self) -> list[dict[str, Any]]:
         """Per stage: state, folder, and when it is not finished the nearest run with the keys that differ."""
@@ -206,6 +205,12 @@ class Runner:
         return rows
 
     # --- inside ---
+
+    def _made_by_another(self, stage: Stage) -> dict[str, Any]:
+        """Wait until the main process has finished a stage: what comes next may build on it."""
+        while not self.is_finished(stage):
+            time.sleep(0.2)
+        return self._report(stage, "done", FinishedFolder(self.folder(stage)).summary)
 
     def _refuse_other_inputs(self, stage: Stage) -> None:
         """PipelineError unless the inputs are those that the folder is named after."""
@@ -285,6 +290,11 @@ class Runner:
             "settings": self.experiment.machine.model_dump(mode="json"),
             "seconds": round(seconds, 1),
         }
+
+
+def is_main_process() -> bool:
+    """Whether this one, of the processes that torchrun or accelerate has started together, writes and tells."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _refuse_changed(name: str, seen: Seen) -> None:
