@@ -190,16 +190,16 @@ def test_a_process_without_any_record_takes_part(cached: Place, tmp_path: Path):
 def _gradients_are_averaged(number: int) -> None:
     real = stage._sum_gradients
 
-    def average(model: torch.nn.Module, accelerator: accelerate.Accelerator) -> None:
-        real(model, accelerator)
+    def average(model: torch.nn.Module) -> None:
+        real(model)
         for parameter in model.parameters():
-            parameter.grad /= accelerator.num_processes
+            parameter.grad /= torch.distributed.get_world_size()
 
     stage._sum_gradients = average
 
 
 def _gradients_stay_where_they_are(number: int) -> None:
-    stage._sum_gradients = lambda model, accelerator: None
+    stage._sum_gradients = lambda model: None
 
 
 def _all_take_the_same_records(number: int) -> None:
@@ -329,28 +329,24 @@ def test_another_number_of_processes_goes_on(cached: Place, tmp_path: Path, one:
     assert are_one(one, moved.train(end, *ODD)), distance(one, moved)
 
 
-def _slowly(name: str, of: Any) -> None:
-    real = getattr(of, name)
-
-    def slow(*arguments: Any, **named: Any) -> Any:
-        time.sleep(1.5)
-        return real(*arguments, **named)
-
-    setattr(of, name, slow)
-
-
 SELDOM = ["--set", "machine.checkpoint_steps=100"]
 
 
-def _terminated_while_checkpoints_take_long(who: int, number: int) -> None:
-    _slowly("save_checkpoint", stage)
+def _told_to_stop_where_a_checkpoint_takes_long(who: int, number: int) -> None:
+    real = stage._checkpoint
+
+    def slow(out: RunFolder, step: int, *others: Any) -> None:
+        time.sleep(step == 7)
+        real(out, step, *others)
+
+    stage._checkpoint = slow
     _in_step(7, who, _terminate_this, number)
 
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_when_one_is_told_to_stop_all_stop_after_the_same_step(cached: Place, tmp_path: Path, two: Trained, who: int):
     stopped = Trained(cached, tmp_path / "stopped")
-    started = stopped.start(2, *ODD, *SELDOM, fault=partial(_terminated_while_checkpoints_take_long, who))
+    started = stopped.start(2, *ODD, *SELDOM, fault=partial(_told_to_stop_where_a_checkpoint_takes_long, who))
     started.processes[1].join(PATIENCE)
     # a launcher that sees a process end gives the others half a minute
     assert stopped.committed()[-1:] == ["step-0000007"], "a process ended before the checkpoint was there"
@@ -377,7 +373,13 @@ def test_processes_that_do_not_see_the_same_checkpoints_do_not_go_on(cached: Pla
 
 
 def _the_manifest_takes_long(number: int) -> None:
-    _slowly("seal", RunFolder)
+    real = RunFolder.seal
+
+    def slow(self: RunFolder, name: str, *others: Any) -> None:
+        time.sleep(name == "train-student")
+        real(self, name, *others)
+
+    RunFolder.seal = slow
 
 
 def test_all_stages_in_one_command(made: Path, tmp_path: Path):
