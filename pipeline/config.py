@@ -581,9 +581,10 @@ def load_experiment(file: str | Path, changes: list[str] | None = None) -> Exper
         raise ConfigError("\n".join(_explain(problem, lines, str(file)) for problem in error.errors())) from None
 
 
-def load_ablation(file: str | Path) -> Ablation:
-    """The ablation in a YAML file."""
+def load_ablation(file: str | Path, instead: dict[str, str | None] | None = None) -> Ablation:
+    """The ablation in a YAML file, with other values where they are not None."""
     tree, lines = _read(Path(file), ())
+    tree |= {key: value for key, value in (instead or {}).items() if value is not None}
     _refuse_secrets(tree, lines, (), str(file))
     try:
         return Ablation.model_validate({"name": Path(file).stem} | tree)

@@ -34,7 +34,7 @@ STAGES = (
     Stage(
         name="train-student",
         module="stages.train_student",
-        version=3,
+        version=4,
         reads=("student", "training"),
         needs=("cache-teacher", "fit-projection"),
         parallel=True,
@@ -43,7 +43,7 @@ STAGES = (
     Stage(
         name="train-control",
         module="stages.train_student",
-        version=3,
+        version=4,
         same_as="train-student",
         reads=("student", "training"),
         needs=("cache-teacher", "fit-projection"),

@@ -140,14 +140,28 @@ def run_all(runs: Path, experiment: Path, changes: tuple[str, ...], given: tuple
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
 @click.option("--use", "given", multiple=True, metavar="STAGE=FOLDER", help="Take this finished folder for a stage of all variants.")
 @click.option("--expect", "roots", multiple=True, metavar="ROOT", help="The root (sha256:...) of the folder given with --use.")
+@click.option("--base", type=click.Path(path_type=Path), metavar="EXPERIMENT", help="Another experiment than the one that the file names; for another name of the tables, --name.")
+@click.option("--name", metavar="NAME", help="Under which the tables are put.")
+@click.option("--set", "changes", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a setting of all variants.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="So many runs at once.")
 @click.option("--devices", metavar="0,1,...", help="CUDA devices: one run on each at a time.  [default: as many as --jobs on what there is]")
 @click.argument("ablation", type=click.Path(path_type=Path))
 @click.pass_obj
-def ablate(runs: Path, ablation: Path, given: tuple[str, ...], roots: tuple[str, ...], jobs: int, devices: str | None, as_json: bool) -> None:
+def ablate(
+    runs: Path,
+    ablation: Path,
+    given: tuple[str, ...],
+    roots: tuple[str, ...],
+    base: Path | None,
+    name: str | None,
+    changes: tuple[str, ...],
+    jobs: int,
+    devices: str | None,
+    as_json: bool,
+) -> None:
     """Changes to one experiment: train and evaluate what is missing, from one cache, and compare. Never asks a teacher."""
-    wanted = load_ablation(ablation)
-    found = trials(wanted, ablation.parent, STAGES, runs, _given(given), roots)
+    wanted = load_ablation(ablation, {"base": str(base.absolute()) if base else None, "name": name})
+    found = trials(wanted, ablation.parent, STAGES, runs, _given(given), roots, changes)
     place = runs / wanted.name
     with stops_when_asked():
         run_trials(found, place / "logs", list[str | None](devices.split(",")) if devices else [None] * jobs, lambda text: click.echo(text, err=True))

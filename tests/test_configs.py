@@ -34,6 +34,17 @@ def test_every_config_is_valid(file: Path, tmp_path: Path):
         load_experiment(file).check_cache_suffices()
 
 
+@pytest.mark.parametrize("name", ["distilllm_med", "temperature", "losses"])
+def test_an_ablation_of_the_demo_is_one_of_the_studys_pair_too(name: str, tmp_path: Path):
+    ablation = load_ablation(CONFIGS / "ablations" / f"{name}.yaml", {"base": str(CONFIGS / "distilllm_med" / "med42_to_llama32_1b.yaml"), "name": None})
+    found = trials(ablation, CONFIGS / "ablations", STAGES, tmp_path, {}, (), ("targets.attention={matched: 4}",))
+    assert len(found) > 6
+    for trial in found:
+        trial.runner.experiment.check_cache_suffices()
+        assert trial.runner.experiment.student.model == "meta-llama/Llama-3.2-1B"
+        assert trial.runner.experiment.training.steps == 50000
+
+
 def error_of(tmp_path: Path, text: str, *changes: str) -> str:
     file = tmp_path / "e.yaml"
     file.write_text(text)

@@ -45,12 +45,12 @@ class Running:
     begun: float
 
 
-def trials(ablation: Ablation, folder: Path, stages: tuple[Stage, ...], runs: Path, given: dict[str, Path], roots: tuple[str, ...]) -> list[Trial]:
-    """ConfigError, naming the variant, if one is no experiment. folder: where the ablation's file lies."""
+def trials(ablation: Ablation, folder: Path, stages: tuple[Stage, ...], runs: Path, given: dict[str, Path], roots: tuple[str, ...], common: tuple[str, ...] = ()) -> list[Trial]:
+    """ConfigError, naming the variant, if one is no experiment. folder: where the ablation's file lies; common: changes to all, before their own."""
     base, found = folder / ablation.base, []
     for variant, changes in ablation.changes().items():
         for seed in ablation.seeds:
-            settings = [f"{key}={json.dumps(value)}" for key, value in (changes | {"training.seed": seed}).items()]
+            settings = [*common] + [f"{key}={json.dumps(value)}" for key, value in (changes | {"training.seed": seed}).items()]
             try:
                 experiment = load_experiment(base, settings)
             except ConfigError as error:
