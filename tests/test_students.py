@@ -96,6 +96,10 @@ def test_a_quantized_student_learns_and_what_is_written_is_near_what_was_trained
     assert losses(folder)[-1] < 0.7 * losses(folder)[0]
     there = logits(AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32))
     assert (there - wanted[0]).norm() < near * wanted[0].norm()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    written = load_file(folder / "student" / "model.safetensors")
+    assert torch.linalg.matrix_rank(written[name].float() - pruned(place).state_dict()[name], rtol=1e-3) > 4, "it was not quantized"
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16 if words is QLORA else torch.float32}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -115,9 +119,10 @@ def test_what_was_cut_off_ends_with_the_same_bits(place: Place, monkeypatch: pyt
     monkeypatch.setattr(stage, "_checkpoint", checkpoint)
     for _ in list(stops):
         place.pipeline("train-student", CONFIG, *words, status=1)
-    if "lora" in variant or variant == "int8":
-        names = load_file(straight / "checkpoints" / "step-0000009.safetensors").keys()
-        assert {name.partition(".lora_")[2][:2] for name in names if name.startswith("model.") and "inv_freq" not in name} == {"A.", "B."}
+    saved = load_file(straight / "checkpoints" / "step-0000009.safetensors")
+    assert (saved["optimizer.0.state1"].dtype is torch.uint8) if variant == "whole, adamw_8bit" else ("optimizer.0.state1" in saved) == ("adamw_8bit" in variant)
+    if not variant.startswith("whole"):
+        assert {name.partition(".lora_")[2][:2] for name in saved if name.startswith("model.") and "inv_freq" not in name} == {"A.", "B."}
     folder, _ = trained(place, *words)
     same_results(folder, place.path / "straight")
 
