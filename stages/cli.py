@@ -174,11 +174,11 @@ def ablate(
     click.echo(json.dumps({"folder": str(place), "rows": rows, "notes": notes}) if as_json else f"{comparison_text(rows, notes)}\n{place / 'ablation.md'}, ablation.csv, ablation.json")
 
 
-def _write(place: Path, texts: dict[str, str]) -> None:
+def _write(place: Path, contents: dict[str, str | bytes]) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
+    for name, content in contents.items():
         with appears_whole(place / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @main.command()
@@ -186,7 +186,7 @@ def _write(place: Path, texts: dict[str, str]) -> None:
 @click.option("--sort", metavar="FIGURE", default="kl_to_teacher", show_default=True, help="What the best is first by: kl_to_teacher, bits_per_byte, top1_agreement, accuracy; or variant: by name.")
 @click.option("--baseline", metavar="NAME", help="The row that the others' differences are from.  [default: the first variant of the first folder]")
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv", "json"]), default="text", show_default=True, help="What is printed.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Also write comparison.md, comparison.csv and comparison.json there.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Also write comparison.md, .csv, .json and .png there.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 def compare(folders: tuple[Path, ...], sort: str, baseline: str | None, form: str, out: Path | None, as_json: bool) -> None:
     """One table of several evaluations: mean, spread over seeds, 95 % intervals, differences. FOLDER: of evaluate, an experiment or an ablation."""
@@ -196,7 +196,8 @@ def compare(folders: tuple[Path, ...], sort: str, baseline: str | None, form: st
     notes = comparison.notes(evaluated, rows)
     told = json.dumps({"rows": rows, "notes": notes})
     if out is not None:
-        _write(out, {"comparison.md": comparison_table(rows, notes), "comparison.csv": comparison_csv(rows), "comparison.json": told})
+        picture = importlib.import_module("pipeline.reporting.report").picture(rows)
+        _write(out, {"comparison.md": comparison_table(rows, notes), "comparison.csv": comparison_csv(rows), "comparison.json": told, "comparison.png": picture})
     shown = {"text": comparison_text(rows, notes), "markdown": comparison_table(rows, notes), "csv": comparison_csv(rows), "json": told}
     click.echo(shown["json" if as_json else form].removesuffix("\n"))
 

@@ -103,6 +103,9 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(place: Place):
     assert results["models"]["student_before"]["top1_agreement"] > 0.99
     assert results["models"]["student_before"]["bits_per_byte"] == pytest.approx(results["models"]["teacher"]["bits_per_byte"], rel=1e-5)
     assert results["models"]["student_before"]["accuracy"] == results["models"]["teacher"]["accuracy"]
+    mine, theirs = (np.array(results["models"][name]["calibration"]) for name in ("student_before", "teacher"))
+    assert mine.sum(0) == pytest.approx(theirs.sum(0), rel=0.01)
+    assert results["models"]["student_before"]["calibration_error"] == pytest.approx(results["models"]["teacher"]["calibration_error"], abs=0.01)
     norm = place.finished("train-student").summary["last"]["gradient_norm"]
     # control: another student has a gradient of another size
     other = ["student.model=tiny/student" if change == "student.model=tiny/teacher" else change for change in same]

@@ -13,7 +13,7 @@ from pipeline.cache.reader import decoding, read_table
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json, sha256_of
 from pipeline.reporting.comparison import Evaluated, Kept
-from pipeline.running.fingerprint import Identity, canonical, fingerprint, with_names
+from pipeline.running.fingerprint import Identity, fingerprint
 from pipeline.running.folder import FinishedFolder
 
 STAGES = {"train-student": "train-student", "train-control": "train-student", "cache-teacher": "cache-teacher", "fit-projection": "fit-projection"}
@@ -69,12 +69,10 @@ def _in_folder(folder: Path) -> Iterator[Found]:
 def _of_finished(finished: FinishedFolder, variant: str | None, group: str | None) -> Found:
     needs: dict[str, Identity] = finished.identity["needs"]
     runs = {stage: fingerprint(needs[stage]) for stage in STAGES if stage in needs}
-    settings = dict(_settings(finished.identity))
-    alike = canonical({key: value for key, value in settings.items() if key != "training.seed"})
     seed = needs["train-student"]["sections"]["training"].get("seed") if "train-student" in needs else None
     results = _results(finished.file(RESULTS))
     kept = _kept(finished.file(KEPT)) if finished.names(KEPT) else None
-    evaluated = Evaluated(variant or finished.fingerprint, group or alike, seed, results["models"], kept, runs, settings)
+    evaluated = Evaluated(variant or finished.fingerprint, group or fingerprint(_without_seed(finished.identity)), seed, results["models"], kept, runs, dict(_settings(finished.identity)))
     return Found(evaluated, results, finished, dict(_upstream(finished, runs)))
 
 
@@ -132,14 +130,25 @@ def _upstream(finished: FinishedFolder, runs: dict[str, str]) -> Iterator[tuple[
             yield stage, there
 
 
+def _without_seed(identity: Identity) -> Identity:
+    sections = {name: {key: value for key, value in section.items() if (name, key) != ("training", "seed")} for name, section in identity["sections"].items()}
+    return identity | {"sections": sections, "needs": {stage: _without_seed(need) for stage, need in identity["needs"].items()}}
+
+
 def _settings(identity: Identity) -> Iterator[tuple[str, str]]:
     """section.key and its value as YAML, of a stage and all that it is built on; without the control, whose objective is derived."""
     for stage, need in identity["needs"].items():
         if stage != "train-control":
             yield from _settings(need)
     for section, keys in identity["sections"].items():
-        for key, value in keys.items() if isinstance(keys, dict) else [("", keys)]:
-            if section == "student_tokenizer":
-                continue
-            yield f"{section}.{key}", yaml.safe_dump(with_names(value), default_flow_style=True, width=1 << 20, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+        if section != "student_tokenizer":  # a part of student
+            for key, value in keys.items():
+                yield f"{section}.{key}", yaml.safe_dump(_readable(value), default_flow_style=True, width=1 << 20, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
     yield f"{identity['stage']}.version", str(identity["version"])
+
+
+def _readable(value: Any) -> Any:
+    """Files and models by their names, with the beginning of their content's digest: the same name may stand for another content."""
+    if isinstance(value, dict):
+        return f"{value['named']} ({value['content'][:15]})" if value.keys() == {"named", "content"} else {key: _readable(part) for key, part in value.items()}
+    return [_readable(part) for part in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,15 @@ def report(found: Sequence[Found], rows: Sequence[Row], told: Sequence[dict[str,
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
+def picture(told: Sequence[dict[str, Any]]) -> bytes:
+    """The figures with their intervals, as a PNG on white."""
+    looks = dict(zip([one["variant"] for one in told], plots.looks([(one["variant"], one["model"]) for one in told]), strict=True))
+    drawn = BytesIO()
+    with plots.style("bars"):
+        plots.bars(_panels(told, looks)).savefig(drawn, dpi=130, format="png", facecolor="white")
+    return drawn.getvalue()
+
+
 # --- the sections ---
 
 
@@ -84,14 +94,19 @@ def _result(figure: dict[str, Any] | None) -> str:
     return lines[0] + "".join(f'<br><span class="fine">{line}</span>' for line in lines[1:])
 
 
-def _benchmarks(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> str:
+def _panels(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> list[tuple[str, list[Bar]]]:
+    """A panel a figure that some row has."""
     panels = []
     for key in QUALITY:
         having = [one for one in told if one[key]]
         if having:
             panels.append((COLUMNS[key][0], [Bar(looks[one["variant"]], one[key]["mean"], one[key]["interval"] and tuple(one[key]["interval"]), one[key]["values"]) for one in having]))
+    return panels
+
+
+def _benchmarks(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> str:
     with plots.style("bars"):
-        drawn = _drawn(plots.bars(panels), "bars", "Bars of each figure with 95 % intervals")
+        drawn = _drawn(plots.bars(_panels(told, looks)), "bars", "Bars of each figure with 95 % intervals")
     return drawn + _paragraphs(["Lines: 95 % intervals. Circles: single seeds."]) + _differences(told, looks)
 
 

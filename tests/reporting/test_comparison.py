@@ -173,6 +173,7 @@ def test_every_form_says_the_same(runs: Path, tmp_path: Path):
             for said in (cell, text):
                 assert f"{figure['mean']:.3f}" in said
                 assert f"[{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]" in said
+    assert (tmp_path / "out" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out" / "comparison.md").read_text() == markdown
     assert (tmp_path / "out" / "comparison.csv").read_text() == comma
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == told
