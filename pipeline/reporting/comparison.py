@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,18 +107,17 @@ def rows_of(found: Sequence[Evaluated], models: Sequence[str] = (DISTILLED, CONT
         for name, samples in by_variant.items():
             sharing.setdefault(tuple(sorted(samples)), []).append(name)
         rows += [Row(f"{_listed(variants)}, {NAMES[model]}", model, _in_order(by_variant[variants[0]])) for variants in sharing.values()]
-    return rows
+    taken: set[str] = set()
+    return [replace(row, name=_untaken(row.name, taken)) for row in rows]
 
 
 def variant_names(found: Sequence[Evaluated]) -> dict[str, str]:
     """Group -> a name that no other group has."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for one in found:
         if one.group not in names:
-            taken, name, number = set(names.values()), one.variant, 2
-            while name in taken:
-                name, number = f"{one.variant} ({number})", number + 1
-            names[one.group] = name
+            names[one.group] = _untaken(one.variant, taken)
     return names
 
 
@@ -213,6 +212,15 @@ def _figure(row: Row, base: Row, key: str, drawn: _Draws) -> dict[str, Any] | No
             "paired": mine[0] == theirs[0] and len(mine[0]) == 1 if mine and theirs else None,
         }
     return told
+
+
+def _untaken(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken; it is then."""
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name} ({number})", number + 1
+    taken.add(free)
+    return free
 
 
 def _told_apart(model: str, one: Evaluated) -> str:

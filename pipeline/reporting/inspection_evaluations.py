@@ -12,7 +12,7 @@ from pipeline.benchmarks._records import COLUMNS, RECORDS
 from pipeline.cache.reader import decoding, read_table
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json, sha256_of
-from pipeline.reporting.comparison import Evaluated, Kept
+from pipeline.reporting.comparison import DISTILLED, Evaluated, Kept
 from pipeline.running.fingerprint import Identity, fingerprint
 from pipeline.running.folder import FinishedFolder
 
@@ -103,8 +103,8 @@ def _results(file: Path) -> dict[str, Any]:
 
 def _checked(results: Any, file: Path) -> dict[str, Any]:
     models = results.get("models") if isinstance(results, dict) else None
-    if not isinstance(models, dict) or not models or not all(isinstance(figures, dict) for figures in models.values()):
-        raise DamageError(f"{file} has no models in it: it is not what `pipeline evaluate` writes. Evaluate again.")
+    if not isinstance(models, dict) or DISTILLED not in models or not all(isinstance(figures, dict) for figures in models.values()):
+        raise DamageError(f"{file} has no students in it: it is not what `pipeline evaluate` writes. Evaluate again.")
     return dict(results)
 
 

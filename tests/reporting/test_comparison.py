@@ -108,6 +108,21 @@ def test_a_variant_is_its_settings_and_its_seeds_are_one_row(runs: Path, tmp_pat
     assert again == table(runs / "both")
 
 
+def test_rows_of_one_name_are_numbered(tmp_path: Path):
+    runs = tmp_path / "runs"
+    variants = {"teacher": [evaluated(runs)], "without the teacher": [evaluated(runs, 2e-3)]}
+    one, other = (ablation(runs, name, variants) for name in ("one", "other"))
+    names = [row["variant"] for row in table(one)]
+    assert sorted(names) == ["student before training", "teacher", "teacher (2)", "without the teacher", "without the teacher (2)"]
+    assert table(one, other) == table(one)  # the same runs
+    again = evaluated(runs, 3e-3)
+    third = ablation(runs, "third", {"teacher": [again]})
+    rows = {row["variant"]: row["model"] for row in table(one, third)}
+    assert rows["teacher"] == rows["teacher (2)"] == "distilled"
+    assert rows["teacher (3)"] == "teacher"
+    assert Place(tmp_path).pipeline("report", str(one), str(third), "--out", "x.html")
+
+
 def test_what_lies_under_an_experiments_name_is_the_run_itself(tmp_path: Path):
     runs = tmp_path / "runs"
     folder = evaluated(runs)
