@@ -9,8 +9,8 @@ what is timed does not depend on their meaning. `fit-projection` then runs as it
 one of the student's own tokens. All in processes of their own, bound to one core, round after round:
 
 feed: an epoch as train-student reads it (seeded order, decode, align, project, batches at a temperature), without a model: tokens/s
-of the student, padding not counted; seconds from the first line after the imports to the first batch, and from the start of the
-process; resident memory beyond the imports over the epoch.
+of the student, padding not counted, by the clock and by the processor's time (other processes may have the core, too); seconds from
+the first line after the imports to the first batch, and from the start of the process; resident memory beyond the imports.
 train: `pipeline train-student` on that cache, some steps of 8 records: the tokens/s that it tells, with all and with a third of the
 student's layers. The ratio is round by round, lowest, median, highest. `on_gpus` is computed, not measured: a student of 1.2 billion
 parameters at 6 operations a parameter and token and 40 % of the peak, and how many times that one core here feeds.
@@ -134,7 +134,7 @@ def feed(cache_folder: Path, projection: Path, student: str, batch_records: int,
 
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
-    before, imports, started = resident(), time.time() - begun, time.perf_counter()
+    before, imports, started, worked = resident(), time.time() - begun, time.perf_counter(), time.process_time()
     finished, fitted = FinishedFolder(cache_folder), FinishedFolder(projection)
     cache = Cache(finished.file)
     tokenizer = load_tokenizer(student, None, cache.about["template"], student)
@@ -154,12 +154,13 @@ def feed(cache_folder: Path, projection: Path, student: str, batch_records: int,
         tokens, positions = tokens + batch.tokens, positions + len(batch.known)
         if step % 10 == 0:
             held.append(resident() - before)
-    seconds = time.perf_counter() - started
-    thirds = [round(max(part), 1) for part in np.array_split(np.array(held), 3)]
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
+    thirds = [round(float(max(part)), 1) for part in np.array_split(np.array(held), 3)]
     return {
         "tokens": tokens,
         "positions": positions,
         "tokens_per_second": round(tokens / seconds),
+        "tokens_per_processor_second": round(tokens / worked),
         "first_batch_seconds": round(first, 2),
         "with_imports": round(imports + first, 2),
         "extra_resident_mb_by_third": thirds,
@@ -281,11 +282,12 @@ def compared(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         found[method] = {
             "tokens": rounds[0]["tokens"],
             "tokens_per_second": spread(rates),
+            "tokens_per_processor_second": spread([one["tokens_per_processor_second"] for one in rounds]),
             "times_what_training_takes": {name: spread([rate / taken for rate, taken in zip(rates, those, strict=True)], 1) for name, those in trained.items()},
             "first_batch_seconds": spread([one["first_batch_seconds"] for one in rounds], 2),
             "first_batch_seconds_with_imports": spread([one["with_imports"] for one in rounds], 2),
             "extra_resident_mb_by_third": [one["extra_resident_mb_by_third"] for one in rounds],
-            "on_gpus": {name: round(statistics.median(rates) / (peak * 0.4 / (6 * PARAMETERS)), 1) for name, peak in PEAKS.items()},
+            "on_gpus": {name: round(statistics.median(one["tokens_per_processor_second"] for one in rounds) / (peak * 0.4 / (6 * PARAMETERS)), 1) for name, peak in PEAKS.items()},
         }
     found["on_gpus_tokens_per_second"] = {name: round(peak * 0.4 / (6 * PARAMETERS)) for name, peak in PEAKS.items()}
     return found

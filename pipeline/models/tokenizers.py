@@ -176,8 +176,8 @@ class RecordTokenizer:
 
     def _encode_run(self, record: Record, run: list[tuple[str, str | None]], offset: int) -> Tokens:
         raw = "".join(text for text, _ in run).encode()
-        ids = np.array(self._plain.encode(raw.decode(), add_special_tokens=False).ids, dtype=np.int32)
-        joined = b"".join(self.vocabulary.token_bytes[id] for id in ids)
+        ids = np.array(self._plain.encode_batch_fast([raw.decode()], add_special_tokens=False)[0].ids, dtype=np.int32)
+        joined = b"".join(map(self.vocabulary.token_bytes.__getitem__, ids.tolist()))
         # SentencePiece tokenizers may put a space of their own before the text
         dummy = int(joined == b" " + raw)
         if joined[dummy:] != raw:
