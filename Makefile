@@ -56,3 +56,4 @@ bench: .venv/.installed $(MODELS)
 	$(BIN)/python benchmarks/capture.py models/gemma-3-270m $(TEXT)
 	$(BIN)/python benchmarks/reader.py --shards 1000
 	$(BIN)/python benchmarks/feeding.py models/gemma-3-270m models/smollm2-135m-instruct $(TEXT)
+	$(BIN)/python benchmarks/step.py

@@ -6,9 +6,9 @@
 One process for each kind of step, alone, in turns: `sft`, transformers' own loss on the same model and tokens; `kd`, forward_kl
 with weight 0.7 and cross_entropy with 0.3 from made-up targets of 30 tokens at every position, as train-student computes it; `at_once`,
 the same with all rows' logits at a time; `online`, a teacher so many times as deep and its full distribution in every step,
-compared as usual (log_softmax of both, kl_div). Prints one JSON object: seconds a step (median of the rounds, and the range), the
-memory that a step adds to what the model, its gradients and its optimizer take, ratios round by round, and the gradients'
-difference from `at_once`.
+compared as usual (log_softmax of both, kl_div). Prints one JSON object: seconds a step (the best of three in a process; median of the rounds, and the
+range), peak memory, of which `step_mb` is what a step adds to the model, its gradients and its optimizer, ratios round by round,
+and the gradients' norms of `kd` and `at_once`, which are equal.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from stages.train_student import LOGITS_BYTES
 
 VOCABULARY = 128_256
 KEPT = 30
+STEPS = 3
 KINDS = ("sft", "kd", "at_once", "online")
 LLAMA_1B = {"hidden": 2048, "intermediate": 8192, "layers": 16, "heads": 32, "key_heads": 8}
 
@@ -67,10 +68,10 @@ def main() -> None:
             rounds[kind].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
     told: dict[str, Any] = {"device": rounds[kinds[0]][0]["device"], "threads": torch.get_num_threads(), "parameters": rounds[kinds[0]][0]["parameters"]}
     for kind in kinds:
-        told[kind] = {what: _spread([row[what] for row in rounds[kind]]) for what in ("seconds", "memory_mb")}
+        told[kind] = {what: _spread([row[what] for row in rounds[kind]]) for what in ("seconds", "peak_mb", "step_mb")}
     for a, b in (("kd", "sft"), ("kd", "at_once"), ("online", "kd")):
         if a in kinds and b in kinds:
-            told[f"{a}/{b}"] = {what: _spread([x[what] / y[what] for x, y in zip(rounds[a], rounds[b], strict=True)]) for what in ("seconds", "memory_mb")}
+            told[f"{a}/{b}"] = {what: _spread([x[what] / y[what] for x, y in zip(rounds[a], rounds[b], strict=True)]) for what in ("seconds", "peak_mb", "step_mb")}
     if {"kd", "at_once"} <= set(kinds):
         told["gradient_norms"] = {kind: rounds[kind][0]["gradient_norm"] for kind in ("kd", "at_once")}
     print(json.dumps(told, indent=1))
@@ -96,12 +97,17 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     norm = whole()  # the optimizer's state and all gradients are there from now on
     _wait(device)
     memory = PeakMemory(device)
-    begun = time.perf_counter()
-    whole()
-    _wait(device)
+    before = memory.megabytes()
+    times = []
+    for _ in range(STEPS):
+        begun = time.perf_counter()
+        whole()
+        _wait(device)
+        times.append(time.perf_counter() - begun)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    return {"seconds": time.perf_counter() - begun, "memory_mb": memory.megabytes(), "device": name, "parameters": parameters, "gradient_norm": norm}
+    peak = memory.megabytes()
+    return {"seconds": min(times), "peak_mb": peak, "step_mb": peak - before, "device": name, "parameters": parameters, "gradient_norm": norm}
 
 
 def model_of(given: argparse.Namespace, layers: int, device: torch.device) -> PreTrainedModel:
