@@ -2,8 +2,9 @@
 
 Values are taken as written: no string is read as a number or the other way round. A key that nobody knows is an error that
 names the nearest right one and where it stands. What stands under `machine` changes the speed, never the meaning of a
-result, and is in no fingerprint. Three keys always name something outside the YAML, which then counts by its content:
-`path` (files or a glob), `model` (a model folder or a hub id) and `tokenizer` (the tokenizer's files of such a model).
+result, and is in no fingerprint. Some keys always name something outside the YAML, which then counts by its content: `path`
+(files or a glob), `model` (a model folder or a hub id), `tokenizer` (the tokenizer's files of such a model), and `cache` and
+`projection` where they are text (the folder of a finished run).
 """
 
 import json
@@ -382,8 +383,29 @@ class TokenTemperature(Section):
     """Tokens go from `temperature` times exp(strength) for those that the student has right to exp(-strength) for the hardest; 1 at least."""
 
 
+class TeacherShare(Section):
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Beside the other teachers' weights; at each position those count that say something there."""
+    specialties: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Its weight on the records of these, instead."""
+
+    def of(self, specialty: str | None) -> float:
+        return self.specialties.get(specialty or "", self.weight)
+
+
+class AnotherTeacher(TeacherShare):
+    cache: str
+    """The folder of a finished cache-teacher that has the same records."""
+    projection: str
+    """The folder of the fit-projection from that cache to this student's tokens."""
+
+
 class Training(Section):
     objective: Annotated[list[Objective], Field(min_length=1)] = [Objective(loss="forward_kl", weight=0.7), Objective(loss="cross_entropy", weight=0.3)]
+    own_teacher: TeacherShare = TeacherShare()
+    """How much the experiment's teacher counts where there are more."""
+    more_teachers: list[AnotherTeacher] = []
+    """Further teachers that the losses over tokens compare with, each out of its own cache."""
     temperature: Scheduled = Schedule.constant(1.0)
     token_temperature: TokenTemperature | None = None
     """Each token a temperature of its own, lower where teacher and student are far apart (AdaKD, arXiv 2510.11615, IDTS)."""
@@ -425,6 +447,10 @@ class Training(Section):
             raise ValueError("token_temperature has no one temperature for `tail: calibrated` to be calibrated at; take `tail: rest` or `hidden`")
         if self.token_temperature and any(part.takes("values") for part in self.objective if part.most > 0):
             raise ValueError("token_temperature asks which tokens the student has right, and uld knows no tokens; leave one of them out")
+        if self.more_teachers and (self.token_temperature or any(part.tail != "rest" for part in self.objective if part.most > 0)):
+            raise ValueError("more_teachers are compared at one temperature and with `tail: rest`; leave token_temperature and other tails out")
+        if not self.more_teachers and self.own_teacher != TeacherShare():
+            raise ValueError("own_teacher has no effect without more_teachers; leave it out")
         if sum(part.takes("attention") for part in self.objective if part.most > 0) > 1:
             raise ValueError("only one loss of the objective can compare attention")
         return self
@@ -516,9 +542,10 @@ class Experiment(Section):
     def without_teacher(self) -> "Experiment":
         """The SFT-only control: the losses that need no teacher, their weights constant and made to sum to 1 so that variants share one; all else is equal."""
         rest = [part for part in self.training.objective if part.most > 0 and not part.needs_teacher()] or [Objective(loss="cross_entropy")]
+        alone: dict[str, Any] = {"temperature": Schedule.constant(1.0), "token_temperature": None, "own_teacher": TeacherShare(), "more_teachers": []}
         share = 1 / sum(part.most for part in rest)
         rest = [part.model_copy(update={"weight": part.most * share}) for part in rest]
-        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, "temperature": Schedule.constant(1.0), "token_temperature": None})})
+        return self.model_copy(update={"training": self.training.model_copy(update={"objective": rest, **alone})})
 
 
 class Ablation(Section):

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.cache.order import Order
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache, Example, Place
-from pipeline.config import Machine, Student, Training
+from pipeline.config import AnotherTeacher, Machine, Student, TeacherShare, Training
 from pipeline.errors import DamageError, InputError, NumericsError, PipelineError, Stopped
 from pipeline.files import appears_whole
 from pipeline.lookup import nearest
@@ -28,7 +28,7 @@ from pipeline.models.heads import KeptHead, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_student
 from pipeline.models.memory import PeakMemory
 from pipeline.models.optimizers import optimizer_named
-from pipeline.models.tokenizers import load_tokenizer
+from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
 from pipeline.reporting.model_card import model_card
 from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
@@ -36,11 +36,11 @@ from pipeline.running.runner import Inputs
 from pipeline.running.stopping import asked, one_by_one
 from pipeline.signals.attention import Attended, Cells, Matched, cells_of, head_groups, matched, proportional
 from pipeline.signals.chunks import chunked
-from pipeline.signals.projection import at_temperature
+from pipeline.signals.projection import Projected, at_temperature
 from pipeline.signals.records import Tokens
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.signals.vocabulary import begins_anew
-from pipeline.training.batches import Batch, made_ahead, make_batch, micro_batches
+from pipeline.training.batches import Batch, Said, made_ahead, make_batch, micro_batches
 from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.objective import Part, attention_loss_of, loss_of, mass, parts
@@ -72,18 +72,12 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     order = Order(cache, training.seed, training.batch_records, refused | set(watched), training.curriculum)
     with_teacher = any(part.needs_teacher for part in objective)
     with_targets, with_chunks = any(part.where_known for part in objective), any("chunks" in part.asks_for for part in objective)
-    hottest = training.hottest
-    if with_targets and hottest > max(cache.temperatures):
-        raise InputError(
-            f"training.temperature goes up to {hottest:.3g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
-        )
-    if with_targets and hottest > 1 and cache.about["method"] == "sampled":
-        raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
-    if view.fitted.form == "ranks" and (wrong := [part.name for part in objective if "teacher" in part.asks_for]):
-        raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
     if view.fitted.form == "values" and (shaped := tails - {"rest"}):
         raise InputError(f"projection.method {view.fitted.method} gives distributions of its own, whose tail is not the teacher's: `tail: {min(shaped)}` cannot shape it. Use `tail: rest`.")
-    specialty_of = cache.specialties("train")
+    others = [_another(teacher, inputs, tokenizer) for teacher in training.more_teachers] if with_targets else []
+    specialty_of = cache.column("train", "specialty")
+    for each in [view, *(other.view for other in others)] if with_targets else []:
+        _check_view(each, objective, training.hottest)
     specialties = Specialties((name for place, name in specialty_of.items() if place not in refused), training.specialty_weights, accelerator.device)
     _check_specialties(training.specialty_weights, specialties.names)
     steps = _steps(training, order)
@@ -122,9 +116,27 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             attention = [[_looked(example, tokens, layer, groups, cell) for (tokens, example), cell in zip(micro, cells, strict=True)] for layer, _ in pairs] if pairs else None
             weights = [example.record.weight for _, example in micro]
             of_specialty = [specialties.index[specialty_of[example.place]] for _, example in micro]
-            at = 1.0 if adaptive else temperature
-            ours = [tokens for tokens, _ in micro]
-            batches.append(make_batch(ours, words, weights, cache.temperatures, at, chunks, begins, attention, groups, rows_at_once, of_specialty, adaptive is not None, machine.packing))
+            more = [other.said(micro) for other in others]
+            own_share = [training.own_teacher.of(example.record.specialty) for _, example in micro]
+            batches.append(
+                make_batch(
+                    [tokens for tokens, _ in micro],
+                    words,
+                    weights,
+                    cache.temperatures,
+                    1.0 if adaptive else temperature,
+                    chunks=chunks,
+                    begins_anew=begins,
+                    attention=attention,
+                    groups=groups,
+                    rows_at_once=rows_at_once,
+                    specialties=of_specialty,
+                    keep_words=adaptive is not None,
+                    packed=machine.packing,
+                    others=more,
+                    own_share=own_share,
+                )
+            )
         return batches
 
     def losses_of(batch: Batch, total: torch.Tensor, objective: list[Part], temperature: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -273,6 +285,50 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         "last": log.last(),
     }
     return summary | ({"best_step": log.best} if log.best else {})
+
+
+class Another:
+    """A further teacher: what its cache says of the same records."""
+
+    def __init__(self, share: TeacherShare, view: StudentView) -> None:
+        self._share, self.view = share, view
+        self._places: dict[str, list[Place]] = {}
+        for place, id in view.cache.column("train", "id").items():
+            self._places.setdefault(id, []).append(place)
+
+    def said(self, records: list[tuple[Tokens, Example]]) -> Said:
+        """records: the student's tokens of each, and the example of the first teacher."""
+        words = [self._word(example, tokens) for tokens, example in records]
+        return Said(words, [self._share.of(example.record.specialty) for _, example in records], self.view.cache.temperatures)
+
+    def _word(self, example: Example, tokens: Tokens) -> Projected | None:
+        """None if it was not asked about this record: the same id with another text is another record."""
+        for place in self._places.get(example.record.id, []):
+            theirs = self.view.cache.example(place)
+            if theirs.record.digest() == example.record.digest():
+                return self.view.projected(theirs, tokens)
+        return None
+
+
+def _another(teacher: AnotherTeacher, inputs: Inputs, tokenizer: RecordTokenizer) -> Another:
+    cached, fitted = inputs.finished(teacher.cache, "cache-teacher"), inputs.finished(teacher.projection, "fit-projection")
+    cache = Cache(cached.file)
+    if cache.about["template"] != tokenizer.template:
+        raise InputError(f"training.more_teachers: {teacher.cache} was made with data.template {cache.about['template']!r}, and this experiment's is {tokenizer.template!r}. Make both with one.")
+    return Another(teacher, StudentView(cache, fitted.file, tokenizer.render, tokenizer.digest()))
+
+
+def _check_view(view: StudentView, objective: list[Part], hottest: float) -> None:
+    """InputError if a cache or projection does not have what the objective asks for."""
+    cache = view.cache
+    if hottest > max(cache.temperatures):
+        raise InputError(
+            f"training.temperature goes up to {hottest:.3g}, and this cache has the unkept mass at {cache.temperatures}. Stay within, or make the cache with higher `targets.logits.temperatures`."
+        )
+    if hottest > 1 and cache.about["method"] == "sampled":
+        raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
+    if view.fitted.form == "ranks" and (wrong := [part.name for part in objective if "teacher" in part.asks_for]):
+        raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
 
 
 class Log:

@@ -112,7 +112,7 @@ class Order:
     def _levels(self, curriculum: Curriculum) -> dict[Place, float]:
         """What records are ordered or chosen by: their bucket, their rank or their specialty's."""
         if curriculum.by == "specialty":
-            self._specialty = self._cache.specialties("train")
+            self._specialty = self._cache.column("train", "specialty")
             there = sorted({self._specialty[place] for place in self._places})
             named = [name for names in curriculum.epochs or [] for name in names if name != "all"]
             if unknown := [name for name in named if name not in there]:

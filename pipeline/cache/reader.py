@@ -116,15 +116,15 @@ class Cache:
             places += sorted(window, key=lambda place: key(*place))
         return places
 
-    def specialties(self, split: str) -> dict[Place, str]:
-        """Each record's; "" for none."""
+    def column(self, split: str, name: Literal["id", "specialty"]) -> dict[Place, str]:
+        """Of each record; "" for none."""
         found: dict[Place, str] = {}
         for shard in self.shards(split):
             path = self._file(f"records-{shard:05d}.parquet")
             with decoding(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
                 for group in range(file.metadata.num_row_groups):
-                    names = read_rows(file, group, ["specialty"])["specialty"].to_pylist()
-                    found |= {(shard, group, row): name or "" for row, name in enumerate(names)}
+                    values = read_rows(file, group, [name])[name].to_pylist()
+                    found |= {(shard, group, row): value or "" for row, value in enumerate(values)}
         return found
 
     def difficulty(self, split: str, by: Literal["entropy", "cross_entropy"]) -> dict[Place, float]:

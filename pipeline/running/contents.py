@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.errors import DamageError, InputError
 from pipeline.files import as_json, files_named, read_json, sha256_of, sync, write_json
 from pipeline.files import stats as file_stats
+from pipeline.running.folder import FinishedFolder
 
 NOT_TOKENIZER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json)|(generation_|adapter_)?config\.json")
 CHOOSES_TOKENIZER = ("model_type", "tokenizer_class")
@@ -72,6 +73,19 @@ class Contents:
         refuse_folder(model, revision)
         return f"hub:{model}@{revision}" if revision else self._of_folder("tokenizer", model)
 
+    def of_finished(self, folder: str) -> str:
+        """Of a finished run's folder its root: what its manifest says of every file."""
+        place, key = Path(folder).expanduser(), f"finished:{folder}"
+        if not (place / "manifest.json").exists():
+            if before := self._remembered.get(key):
+                return str(before["content"])
+            raise InputError(f"No finished folder is at {folder}: it has no manifest.json. Give <runs>/<stage>/<fingerprint>, as `pipeline status` shows it.")
+        content = FinishedFolder(place).root
+        if self._remembered.get(key) != {"content": content}:
+            self._remembered[key] = {"content": content}
+            self._write()
+        return content
+
     def _of_folder(self, kind: str, model: str) -> str:
         folder = model_folder(model, self._runs)
         chooses = folder / "config.json"
@@ -112,8 +126,11 @@ class Contents:
             raise InputError(f"{name} changed while it was read. Run the command again when nobody writes to it.")
         size = sum(file.stat().st_size for file in files)
         self._remembered[key] = {"content": f"sha256:{digest.hexdigest()}", "size": size, "stats": stats}
-        write_json(self._file, {"inputs": self._remembered, "self": _self_hash(self._remembered)})
+        self._write()
         return str(self._remembered[key]["content"])
+
+    def _write(self) -> None:
+        write_json(self._file, {"inputs": self._remembered, "self": _self_hash(self._remembered)})
 
 
 def _self_hash(value: Any) -> str:

@@ -38,6 +38,16 @@ class Inputs:
     def __contains__(self, stage: str) -> bool:
         return stage in self.folders
 
+    def finished(self, folder: str, stage: str) -> FinishedFolder:
+        """A finished folder that a section names."""
+        place = Path(folder).expanduser()
+        if not (place / "manifest.json").exists():
+            raise InputError(f"No finished folder is at {place}, and this stage has to read it. Put it back.")
+        found = FinishedFolder(place)
+        if found.manifest["stage"] != stage:
+            raise InputError(f"{place} is a folder of {found.manifest['stage']}, and one of {stage} is asked for.")
+        return found
+
     def model(self, model: str, revision: str | None) -> str:
         """What to give to from_pretrained: the hub id, or the folder, which must be there."""
         if revision:
@@ -235,6 +245,9 @@ class Runner:
         for key, content in (("model", self._contents.of_model), ("tokenizer", self._contents.of_tokenizer)):
             if isinstance(model := value.get(key), str):
                 result[key] = named(model, content(model, value.get("revision")))
+        for key in ("cache", "projection"):
+            if isinstance(folder := value.get(key), str):
+                result[key] = named(folder, self._contents.of_finished(folder))
         return result
 
     def _recomputed(self, stage: Stage) -> Identity:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,6 +20,22 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class Word:
+    """What a teacher says of a batch's rows."""
+
+    known: Tensor  # int64 [M] of which
+    weights: Tensor  # float32 [M] the rows' weights times how much it counts there
+    sureness: Tensor  # float32 [M] how much it counts: how reliable its word is, times its share among the teachers who have one
+    target: SparseTarget  # [M, C]
+
+    def rows(self, known: slice, first: int) -> "Word":
+        return Word(self.known[known] - first, self.weights[known], self.sureness[known], self.target.rows(known))
+
+    def to(self, device: torch.device) -> "Word":
+        return Word(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
 class Batch:
     ids: Tensor  # int64 [B, T]; packed: [1, T], the records one after another
     rows: Tensor  # int64 [N] the answers' positions, as indices into B*T
@@ -28,7 +44,7 @@ class Batch:
     record: Tensor  # int64 [N] which record a row belongs to
     known: Tensor  # int64 [M] the rows for which there is a word of the teacher
     known_weights: Tensor  # float32 [M] their weights times how reliable that word is
-    reliability: Tensor  # float32 [M]
+    reliability: Tensor  # float32 [M] with more teachers, times this one's share
     teacher: SparseTarget | None  # [M, C]; None if there is none
     states: "TeacherStates | None"  # if they were read
     chunks: Chunks | None
@@ -38,16 +54,24 @@ class Batch:
     cuts: "list[Cut]"
     """The parts of which logits are made."""
     specialty: Tensor | None = None  # int64 [N]
+    others: tuple[Word, ...] = ()
+    """Of further teachers, as `teacher` of the first."""
     positions: Tensor | None = None  # int64 [1, T] where it is packed: each token's in its own record
     words: Projected | None = None
     """What `teacher` was made from, where it is to be made at other temperatures."""
+
+    def said(self) -> list[Word]:
+        """All teachers' words."""
+        own = [] if self.teacher is None else [Word(self.known, self.known_weights, self.reliability, self.teacher)]
+        return [*own, *self.others]
 
     def weighted(self, factors: Tensor) -> "Batch":
         """With the weights of the records of each specialty times its factor. factors: float32 [S]."""
         if self.specialty is None:
             return self
         each = factors[self.specialty]
-        return replace(self, weights=self.weights * each, known_weights=self.known_weights * each[self.known])
+        others = tuple(replace(word, weights=word.weights * each[word.known]) for word in self.others)
+        return replace(self, weights=self.weights * each, known_weights=self.known_weights * each[self.known], others=others)
 
     def part(self, cut: "Cut") -> "Batch":
         """The rows of a part, as a batch; of attention, which is no row's of logits, nothing."""
@@ -60,6 +84,7 @@ class Batch:
             known=self.known[known] - rows.start,
             known_weights=self.known_weights[known],
             reliability=self.reliability[known],
+            others=tuple(word.rows(which, rows.start) for word, which in zip(self.others, cut.others, strict=True) if which.start < which.stop),
             teacher=None if self.teacher is None or known.start == known.stop else self.teacher.rows(known),
             states=None if self.states is None else self.states.rows(known, cut.kept),
             chunks=None if self.chunks is None else self.chunks.rows(rows.start, cut.chunk_rows, cut.chunks),
@@ -71,7 +96,7 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "realised", "weights", "record", "known", "known_weights", "reliability")}
         others = {name: value.to(device) for name in ("teacher", "states", "chunks", "specialty", "positions") if (value := getattr(self, name)) is not None}
         attention = None if self.attention is None else [target.to(device) for target in self.attention]
-        return replace(self, **moved, **others, attention=attention)
+        return replace(self, **moved, **others, attention=attention, others=tuple(word.to(device) for word in self.others))
 
 
 @dataclass(frozen=True)
@@ -83,6 +108,7 @@ class Cut:
     kept: slice  # of states
     chunk_rows: slice
     chunks: slice
+    others: tuple[slice, ...] = ()  # of each further teacher
 
 
 @dataclass(frozen=True)
@@ -106,6 +132,28 @@ class TeacherStates:
         return TeacherStates(*(getattr(self, name).to(device) for name in ("hidden", "scale", "row", "id")))
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a further teacher says of a batch's records."""
+
+    words: list[Projected | None]
+    shares: list[float]
+    """Its weight beside the other teachers', of each record."""
+    stored: list[float]
+    """The temperatures of its cache."""
+
+    def joined(self, positions: list[np.ndarray], temperature: float) -> tuple[np.ndarray, np.ndarray, SparseTarget | None]:
+        """Which rows it speaks of, how reliable its word is there, and the word. positions: each record's rows."""
+        rows, words, first = [np.zeros(0, dtype=np.int64)], [], 0
+        for there, word in zip(positions, self.words, strict=True):
+            if word is not None and len(word.position):
+                rows.append(first + np.searchsorted(there, word.position))
+                words.append(word)
+            first += len(there)
+        sure = np.concatenate([*(word.reliability for word in words), np.zeros(0, dtype=np.float32)])
+        return np.concatenate(rows), sure, at_temperature(words, self.stored, temperature) if words else None
+
+
 def make_batch(
     records: list[Tokens],
     projected: list[Projected | None],
@@ -120,13 +168,16 @@ def make_batch(
     specialties: list[int] | None = None,
     keep_words: bool = False,
     packed: bool = False,
+    others: list["Said"] | None = None,
+    own_share: list[float] | None = None,
 ) -> Batch:
     """One batch; `projected` is None for records without a teacher's word, `chunks` and `attention` where none are asked for.
 
     stored: the cache's temperatures; begins_anew: see Chunks. attention: for each layer all records' rows, of so many groups of heads.
     rows_at_once: how many rows are in a part at most; where chunks are asked for, which reach over rows, a part is at least a record.
     specialties: of each record, by number. keep_words: for targets at other temperatures.
-    packed: all in one row, without padding but for the last few tokens.
+    packed: all in one row, without padding but for the last few tokens. others: what further teachers say; own_share: the weight of
+    the first beside them, of each record.
     """
     lengths = [len(tokens) for tokens in records]
     width = -(-(sum(lengths) if packed else max(lengths)) // 8) * 8
@@ -150,6 +201,22 @@ def make_batch(
     known_rows = np.concatenate([*known, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     weight = np.asarray(weights, dtype=np.float32)[record]
     reliability = np.concatenate([*(word.reliability for word in words), np.zeros(0, dtype=np.float32)])
+    further = [other.joined([tokens.answer_positions() for tokens in records], temperature) for other in others or []]
+    if further:
+        every = [
+            (known_rows, np.asarray(own_share, dtype=np.float32)),
+            *((rows, share) for (rows, _, _), share in zip(further, (np.asarray(other.shares, np.float32) for other in others or []), strict=True)),
+        ]
+        total = np.zeros(len(weight), dtype=np.float32)
+        for those, share in every:
+            total[those] += share[record[those]]
+        counts = [share[record[those]] / np.maximum(total[those], 1e-9) for those, share in every]
+        reliability = reliability * counts[0]
+    voices = [
+        Word(torch.from_numpy(those), torch.from_numpy(weight[those] * sure * count), torch.from_numpy(sure * count), target)
+        for (those, sure, target), count in zip(further, counts[1:] if further else [], strict=True)
+        if target is not None
+    ]
     states = TeacherStates.joined([word.states for word in words if word.states]) if words and words[0].states else None
     spanning = None if chunks is None else joined(chunks, [tokens.answer_positions() for tokens in records], begins_anew)
     return Batch(
@@ -167,7 +234,8 @@ def make_batch(
         attention=None if attention is None else [attention_target(layer, [tokens.answer_positions() for tokens in records], width, groups) for layer in attention],
         tokens=sum(lengths),
         positions=torch.from_numpy(own) if packed else None,
-        cuts=_cuts(_ends([len(part) for part in rows], rows_at_once, spanning is not None), known_rows, states, spanning),
+        cuts=_cuts(_ends([len(part) for part in rows], rows_at_once, spanning is not None), known_rows, states, spanning, voices),
+        others=tuple(voices),
         specialty=None if specialties is None else torch.from_numpy(np.asarray(specialties, dtype=np.int64)[record]),
         words=together(words) if keep_words and words else None,
     )
@@ -198,14 +266,16 @@ def _ends(records: list[int], rows_at_once: int, whole: bool) -> list[int]:
     return ends[1:]
 
 
-def _cuts(ends: list[int], known: np.ndarray, states: TeacherStates | None, chunks: Chunks | None) -> list[Cut]:
+def _cuts(ends: list[int], known: np.ndarray, states: TeacherStates | None, chunks: Chunks | None, voices: list[Word]) -> list[Cut]:
     """known, and the flat lists of states and chunks, ascend."""
     bounds = np.array([0, *ends])
     of_known = np.searchsorted(known, bounds)
     none = np.zeros_like(bounds)
     lists = [bounds, of_known, none if states is None else np.searchsorted(states.row.numpy(), of_known)]
     lists += [none, none] if chunks is None else [np.searchsorted(chunks.row.numpy(), bounds), np.searchsorted(chunks.last.numpy(), bounds)]
-    return [Cut(*(slice(begin, end) for begin, end in part)) for part in zip(*(pairwise(places.tolist()) for places in lists), strict=True)]
+    lists += [np.searchsorted(word.known.numpy(), bounds) for word in voices]
+    parts = ([slice(begin, end) for begin, end in part] for part in zip(*(pairwise(places.tolist()) for places in lists), strict=True))
+    return [Cut(rows, of_known, kept, chunk_rows, chunk, tuple(others)) for rows, of_known, kept, chunk_rows, chunk, *others in parts]
 
 
 def made_ahead(make: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

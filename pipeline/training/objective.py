@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.lookup import find, parameters
 from pipeline.signals.attention import Attended
-from pipeline.training.batches import Batch
+from pipeline.training.batches import Batch, Word
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ def parts(objective: list[tuple[str, float, dict[str, object], str]]) -> list[Pa
 
 
 def mass(batch: Batch) -> Tensor:
-    """float64 [3]: the summed weights of all rows, of those with a word of the teacher, and of those with its attention; over these is averaged."""
+    """float64 [3]: the summed weights of all rows, of what teachers say of rows, and of the rows with the teacher's attention; over these is averaged."""
     looked = batch.weights[batch.attention[0].row] if batch.attention else batch.weights[:0]
-    return torch.stack([weights.double().sum() for weights in (batch.weights, batch.known_weights, looked)])
+    said = [batch.known_weights, *(word.weights for word in batch.others)]
+    return torch.stack([weights.double().sum() for weights in (batch.weights, torch.cat(said), looked)])
 
 
 def loss_of(
@@ -67,29 +68,30 @@ def loss_of(
 
     logits: [N, V] of batch.rows. total: `mass` summed over all batches of the step, on all devices. log_ratio and log_tail
     say how the teacher's rest is shared out for the parts whose tail is calibrated and hidden (see SparseTarget).
-    by_specialty: float32 [parts, S, 2], to which each part's summed values and their summed reliability are added, without the records' weights.
+    by_specialty: float32 [parts, S, 2], to which each part's summed values and their summed sureness are added, without the records' weights.
     """
     shared_out: dict[str, dict[str, Any]] = {"rest": {}, "calibrated": {"log_ratio": log_ratio}, "hidden": {"log_tail": log_tail}}
-    everything: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
-    known = logits if len(batch.known) == len(logits) else logits.index_select(0, batch.known)
-    where_known: dict[str, Any] = {"student": known, "realised": batch.realised[batch.known], "teacher": batch.teacher, "values": batch.teacher}
+    rows: dict[str, Any] = {"student": logits, "realised": batch.realised, "chunks": batch.chunks}
+    said: list[tuple[Word, dict[str, Any]]] = []
+    for word in batch.said():
+        known = logits if len(word.known) == len(logits) else logits.index_select(0, word.known)
+        said.append((word, {"student": known, "realised": batch.realised[word.known], "values": word.target}))
     shares: dict[str, Tensor] = {}
     whole = logits[:0].sum(dtype=torch.promote_types(logits.dtype, torch.float32))  # 0, but of the graph: a batch without any word of the teacher can be gone back through
     for number, part in enumerate(objective):
-        if part.looks or (part.where_known and batch.teacher is None):
+        if part.looks:
             continue
-        given = where_known if part.where_known else everything
-        if part.tail != "rest" and batch.teacher is not None:
-            given = given | {"teacher": replace(batch.teacher, **shared_out[part.tail])}
-        values = part.function(*(given[name] for name in part.asks_for), **part.options)
-        weights = batch.known_weights if part.where_known else batch.weights
-        share = _mean(values, weights, total[int(part.where_known)])
-        shares[part.name] = share.detach()
-        whole = whole + part.weight * share
-        if by_specialty is not None and batch.specialty is not None:
-            of = batch.specialty[batch.known] if part.where_known else batch.specialty
-            sure = batch.reliability if part.where_known else torch.ones_like(weights)
-            by_specialty[number].index_add_(0, of, torch.stack([values.detach() * sure, sure], -1).float())
+        if part.where_known:
+            found = [(word.known, word.weights, word.sureness, given | {"teacher": replace(word.target, **shared_out[part.tail])}) for word, given in said]
+        else:
+            found = [(torch.arange(len(batch.rows), device=logits.device), batch.weights, torch.ones_like(batch.weights), rows)]
+        for which, weights, sure, given in found:
+            values = part.function(*(given[name] for name in part.asks_for), **part.options)
+            share = _mean(values, weights, total[int(part.where_known)])
+            shares[part.name] = shares.get(part.name, 0) + share.detach()
+            whole = whole + part.weight * share
+            if by_specialty is not None and batch.specialty is not None:
+                by_specialty[number].index_add_(0, batch.specialty[which], torch.stack([values.detach() * sure, sure], -1).float())
     return whole, shares
 
 

@@ -24,7 +24,7 @@ class Fake:
     def order(self, split: str, seed: int, epoch: int) -> list[Place]:
         return sorted(PLACES, key=lambda place: hash((seed, epoch, place)))
 
-    def specialties(self, split: str) -> dict[Place, str]:
+    def column(self, split: str, name: str) -> dict[Place, str]:
         return NAMES
 
     def difficulty(self, split: str, by: str) -> dict[Place, float]:
