@@ -22,7 +22,7 @@ from pipeline.running.fingerprint import Identity, differing_keys, fingerprint, 
 from pipeline.running.folder import FinishedFolder, RunFolder, pieces_by_key, progress, read_manifest
 from pipeline.running.stage import Stage
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "accelerate", "pyarrow", "numpy")
+LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "peft", "accelerate", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
