@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pipeline.files import read_json_lines
 from pipeline.reporting import report_plots as plots
-from pipeline.reporting.comparison import CONTROL, DISTILLED, PARTS, TEACHER, Row, variant_names
+from pipeline.reporting.comparison import CONTROL, DISTILLED, PARTS, TEACHER, Kept, Row, variant_names
 from pipeline.reporting.comparison import figures as over_seeds
 from pipeline.reporting.inspection_evaluations import Found
 from pipeline.reporting.report_plots import Bar, Look
@@ -28,6 +29,7 @@ SHARES = {
 """How a figure becomes a share of the teacher's."""
 SPECIALTIES = 30
 """Rows of the table; the smallest others are taken together."""
+UNNAMED = "none given"
 MARK = '<span class="swatch"'
 NOT_LOSSES = {"step", "loss", "learning_rate", "temperature", "gradient_norm"}
 STAGE_OF = {DISTILLED: "train-student", CONTROL: "train-control"}
@@ -193,41 +195,39 @@ def _calibration(shown: Sequence[tuple[Row, Look]]) -> str:
 
 
 def _specialties(shown: Sequence[tuple[Row, Look]]) -> str:
-    kept = [(row, look) for row, look in shown if all(sample.kept for sample in row.samples)]
-    counts: dict[str, int] = {}
-    for specialty in next((sample.kept.specialties for row, _ in kept for sample in row.samples if sample.kept), []):
-        counts[specialty or "none given"] = counts.get(specialty or "none given", 0) + 1
+    kept = [(row, look, [sample.kept for sample in row.samples if sample.kept]) for row, look in shown if all(sample.kept for sample in row.samples)]
     if not kept:
         return _paragraphs(["These evaluations are of a version that kept no figures of single records."])
+    counts = Counter(specialty or UNNAMED for specialty in kept[0][2][0].specialties)
     if len(counts) < 2:
         return _paragraphs(["The held-out records have no specialties."])
     named = sorted(counts, key=lambda name: (-counts[name], name))
     pooled = {name: name for name in named[:SPECIALTIES]} | {name: f"{len(named) - SPECIALTIES} others" for name in named[SPECIALTIES:]}
-    sizes: dict[str, int] = {}
-    for name in named:
-        sizes[pooled[name]] = sizes.get(pooled[name], 0) + counts[name]
-    parts = [_key([look for _, look in kept])]
+    parts = [_key([look for _, look, _ in kept])]
     for key in ("kl_to_teacher", "bits_per_byte", "accuracy"):
-        columns = [(look, _by_specialty(row, key, pooled)) for row, look in kept if row.model != TEACHER or key != "kl_to_teacher"]
-        columns = [(look, values) for look, values in columns if values]
+        columns = [(look, _by_specialty(seeds, key, pooled)) for row, look, seeds in kept if row.model != TEACHER or key != "kl_to_teacher"]
+        columns = [(look, found) for look, found in columns if found]
         if columns:
-            lines = [[escape(name), str(size), *(_number(values.get(name)) for _, values in columns)] for name, size in sizes.items() if any(name in values for _, values in columns)]
-            parts.append(f"<h3>{COLUMNS[key][0]}</h3>" + _table(["specialty", "records", *(look.letter for look, _ in columns)], lines))
+            lines = []
+            for name in dict.fromkeys(pooled.values()):
+                if having := [found[name] for _, found in columns if name in found]:
+                    lines.append([escape(name), str(having[0][0]), *(f"{found[name][1]:.3f}" if name in found else NOTHING for _, found in columns)])
+            parts.append(f"<h3>{COLUMNS[key][0]}</h3>" + _table(["specialty", "questions" if key == "accuracy" else "records", *(look.letter for look, _ in columns)], lines))
     return "".join(parts) + _paragraphs(["Means over seeds. A specialty with few records says little."])
 
 
-def _by_specialty(row: Row, key: str, pooled: dict[str, str]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for sample in row.samples:
-        assert sample.kept
-        over, under = PARTS[key](sample.kept.columns)
-        names = np.array([pooled.get(name or "none given", "") for name in sample.kept.specialties])
+def _by_specialty(seeds: Sequence[Kept], key: str, pooled: dict[str, str]) -> dict[str, tuple[int, float]]:
+    """Of each specialty how many records there are, and the mean over the seeds."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for kept in seeds:
+        over, under = PARTS[key](kept.columns)
+        names = np.array([pooled.get(name or UNNAMED, "") for name in kept.specialties])
         there = np.isfinite(over) & np.isfinite(under)
         for name in np.unique(names[there]):
             mine = there & (names == name)
             if under[mine].sum():
-                found.setdefault(str(name), []).append(float(over[mine].sum() / under[mine].sum()))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+                found.setdefault(str(name), []).append((int(mine.sum()), float(over[mine].sum() / under[mine].sum())))
+    return {name: (values[0][0], float(np.mean([value for _, value in values]))) for name, values in found.items()}
 
 
 def _cost(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
@@ -368,10 +368,6 @@ def _swatch(look: Look) -> str:
 
 def _key(shown: Sequence[Look]) -> str:
     return '<ul class="key">' + "".join(f"<li>{_swatch(look)} {escape(look.name)}</li>" for look in shown) + "</ul>"
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
 
 
 def _duration(seconds: float) -> str:

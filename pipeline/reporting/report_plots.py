@@ -184,7 +184,7 @@ def reliability(rows: Sequence[tuple[Look, np.ndarray, float]]) -> Figure:
     """
     across = min(len(rows), 4)
     down = ceil(len(rows) / across)
-    figure = Figure(figsize=(2.4 * max(across, 2), 2.55 * down), layout="constrained")
+    figure = Figure(figsize=(2.4 * max(across, 2), 2.4 * down + 0.45), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     for axis, (look, bins, error) in zip(axes, rows, strict=False):
         positions, probability, followed = bins.T

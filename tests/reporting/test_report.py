@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.reporting import report_plots as plots
@@ -133,6 +134,17 @@ def test_a_real_run_has_a_page(done: Place, tmp_path: Path):
     assert str(done.finished("evaluate").path) in page.text
     for specialty in ("lung", "nerve"):
         assert specialty in page.text
+
+
+def test_figures_by_specialty_are_those_of_its_records(tmp_path: Path):
+    folder = evaluated(tmp_path / "runs")
+    page = page_of(tmp_path, folder)
+    rows = [row for row in pq.read_table(folder / "records.parquet").to_pylist() if row["model"] == "distilled"]
+    heart = [row for row in rows if row["specialty"] == "heart"]
+    kl = sum(row["kl"] for row in heart) / sum(row["aligned"] for row in heart)
+    right = sum(row["right"] for row in heart) / len(heart)
+    assert re.search(rf"heart{len(heart)}{kl:.3f}", page.text)  # the teacher, whose KL is 0, has no column
+    assert re.search(rf"heart{len(heart)}\d\.\d{{3}}{right:.3f}", page.text)
 
 
 def test_shares_of_the_teacher_are_as_the_page_says(tmp_path: Path):
