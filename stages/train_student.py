@@ -1,11 +1,9 @@
 """The cache to a student: align, project, objective, optimizer. The loop is here, in sight."""
 
 import hashlib
-import json
 import math
-import os
 import time
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.cache.order import Order
 from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache, Example, Place
-from pipeline.config import AnotherTeacher, Machine, Student, TeacherShare, Training
+from pipeline.config import AnotherTeacher, Machine, Student, Training
 from pipeline.errors import DamageError, InputError, NumericsError, PipelineError, Stopped
-from pipeline.files import appears_whole
 from pipeline.lookup import nearest
 from pipeline.models.adapters import add_adapters, merge_adapters, save_adapter, sizes
 from pipeline.models.attention import Attending
@@ -34,15 +30,15 @@ from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.running.stopping import asked, one_by_one
-from pipeline.signals.attention import Attended, Cells, Matched, cells_of, head_groups, matched, proportional
-from pipeline.signals.chunks import chunked
-from pipeline.signals.projection import Projected, at_temperature
-from pipeline.signals.records import Tokens
+from pipeline.signals.attention import Attended, head_groups, proportional
+from pipeline.signals.projection import at_temperature
 from pipeline.signals.tail import placed_logits, placed_means
 from pipeline.signals.vocabulary import begins_anew
-from pipeline.training.batches import Batch, Said, made_ahead, make_batch, micro_batches
+from pipeline.training.batches import Batch, made_ahead
 from pipeline.training.calibration import Calibration
 from pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.lessons import Another, Lessons
+from pipeline.training.log import Log, best_of, lines_of
 from pipeline.training.objective import Part, attention_loss_of, loss_of, mass, parts
 from pipeline.training.schedules import learning_rate_at, value_at
 from pipeline.training.specialties import Specialties
@@ -102,42 +98,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     begins = torch.from_numpy(begins_anew(tokenizer.vocabulary))[: module.vocabulary_size]
     student_id = torch.from_numpy(view.fitted.student_id.astype("int64")).to(accelerator.device)
     adaptive = TokenTemperature(training.token_temperature.strength, max(cache.temperatures), accelerator.device) if training.token_temperature and with_targets else None
+    lessons = Lessons(view, others, training.own_teacher, with_targets, with_chunks, pairs, groups, specialties.index, specialty_of, begins, adaptive is not None, rows_at_once, machine)
     optimizer = optimizer_named(training.optimizer, _groups(model, training.weight_decay))
-
-    def batches_of(examples: Iterable[Example], temperature: float) -> list[Batch]:
-        """Micro-batches, records of like length together."""
-        rendered = sorted(((view.tokens(example), example) for example in examples), key=lambda pair: len(pair[0]))
-        batches = []
-        for those in micro_batches([len(tokens) for tokens, _ in rendered], machine.student_micro_batch_records, machine.student_micro_batch_tokens, machine.packing):
-            micro = rendered[those]
-            words = [view.projected(example, tokens) if with_targets else None for tokens, example in micro]
-            chunks = [chunked(example.tokens, example.targets, tokens) for tokens, example in micro] if with_chunks else None
-            cells = [cells_of(example.tokens, tokens) for tokens, example in micro] if pairs else []
-            attention = [[_looked(example, tokens, layer, groups, cell) for (tokens, example), cell in zip(micro, cells, strict=True)] for layer, _ in pairs] if pairs else None
-            weights = [example.record.weight for _, example in micro]
-            of_specialty = [specialties.index[specialty_of[example.place]] for _, example in micro]
-            more = [other.said(micro) for other in others]
-            own_share = [training.own_teacher.of(example.record.specialty) for _, example in micro]
-            batches.append(
-                make_batch(
-                    [tokens for tokens, _ in micro],
-                    words,
-                    weights,
-                    cache.temperatures,
-                    1.0 if adaptive else temperature,
-                    chunks=chunks,
-                    begins_anew=begins,
-                    attention=attention,
-                    groups=groups,
-                    rows_at_once=rows_at_once,
-                    specialties=of_specialty,
-                    keep_words=adaptive is not None,
-                    packed=machine.packing,
-                    others=more,
-                    own_share=own_share,
-                )
-            )
-        return batches
 
     def losses_of(batch: Batch, total: torch.Tensor, objective: list[Part], temperature: float, learns: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The batch's share of the loss, of each part of the objective, and the sums by specialty. Where the student learns, what else it says is kept, too."""
@@ -175,7 +137,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         return [cache.example(place) for place in places[accelerator.process_index :: accelerator.num_processes]]
 
     def batches_of_step(step: int) -> list[Batch]:
-        return batches_of(of_this_process(order.of_step(step, steps)), _temperature(training, step, steps))
+        return lessons.batches(of_this_process(order.of_step(step, steps)), _temperature(training, step, steps))
 
     def objective_at(step: int) -> list[Part]:
         return [replace(part, weight=given.weight_at(step, steps)) for part, given in zip(objective, counting, strict=True)]
@@ -188,7 +150,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     def validated() -> float:
         """The objective on what was put aside."""
         module.eval()
-        here = [batch.to(accelerator.device) for batch in aside]
+        here = [batch.to(accelerator.device).weighted(specialties.constant) for batch in aside]
         total, loss = total_of(here), torch.zeros((), device=accelerator.device)
         last = [replace(part, tail="rest") for part in objective_at(steps - 1)]
         for batch in here:
@@ -206,7 +168,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     if accelerator.reduce(torch.tensor(begin, device=accelerator.device), "sum") != begin * accelerator.num_processes:
         raise PipelineError(f"The processes do not see the same checkpoints in {out.path}: this one has step {begin}. Run the command again when every machine's file system shows the same.")
     before = float(out.info(_name(begin)).get("seconds", 0.0)) if begin else 0.0
-    aside = batches_of(of_this_process(watched), training.temperature.end)
+    aside = lessons.batches(of_this_process(watched), training.temperature.end)
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
 
@@ -239,7 +201,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
             calibration.step(temperature, accelerator)
         if adaptive:
             adaptive.step(accelerator)
-        weights = dict(zip(specialties.names, specialties.factors().tolist(), strict=True))
+        factors = specialties.factors()
         of_each = specialties.step(by_specialty * torch.tensor([part.weight for part in now], device=accelerator.device)[:, None, None])
 
         losses = {part.name: value for part, value in zip(objective, sums[1:-1].tolist(), strict=True)}
@@ -248,7 +210,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if len(specialties.names) > 1:
             losses |= {f"specialty/{name or 'none'}": value for name, value in of_each.items()}
         if training.specialty_weights == "current_loss":
-            losses |= {f"specialty_weight/{name or 'none'}": weights[name] for name in of_each}
+            losses |= {f"specialty_weight/{name or 'none'}": float(factors[specialties.index[name]]) for name in of_each}
         losses |= {f"weight/{part.name}": part.weight for part, given in zip(now, counting, strict=True) if not isinstance(given.weight, float)}
         log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=temperature, gradient_norm=float(norm))
         progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
@@ -287,29 +249,6 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     return summary | ({"best_step": log.best} if log.best else {})
 
 
-class Another:
-    """A further teacher: what its cache says of the same records."""
-
-    def __init__(self, share: TeacherShare, view: StudentView) -> None:
-        self._share, self.view = share, view
-        self._places: dict[str, list[Place]] = {}
-        for place, id in view.cache.column("train", "id").items():
-            self._places.setdefault(id, []).append(place)
-
-    def said(self, records: list[tuple[Tokens, Example]]) -> Said:
-        """records: the student's tokens of each, and the example of the first teacher."""
-        words = [self._word(example, tokens) for tokens, example in records]
-        return Said(words, [self._share.of(example.record.specialty) for _, example in records], self.view.cache.temperatures)
-
-    def _word(self, example: Example, tokens: Tokens) -> Projected | None:
-        """None if it was not asked about this record: the same id with another text is another record."""
-        for place in self._places.get(example.record.id, []):
-            theirs = self.view.cache.example(place)
-            if theirs.record.digest() == example.record.digest():
-                return self.view.projected(theirs, tokens)
-        return None
-
-
 def _another(teacher: AnotherTeacher, inputs: Inputs, tokenizer: RecordTokenizer) -> Another:
     cached, fitted = inputs.finished(teacher.cache, "cache-teacher"), inputs.finished(teacher.projection, "fit-projection")
     cache = Cache(cached.file)
@@ -329,57 +268,6 @@ def _check_view(view: StudentView, objective: list[Part], hottest: float) -> Non
         raise InputError("This cache holds draws (targets.logits.method: sampled), which are unbiased at temperature 1 only. Set training.temperature to 1, or make a cache with method: head.")
     if view.fitted.form == "ranks" and (wrong := [part.name for part in objective if "teacher" in part.asks_for]):
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
-
-
-class Log:
-    """metrics.jsonl and TensorBoard, cut back to the step that is gone on from."""
-
-    def __init__(self, folder: Path, begin: int, writes: bool) -> None:
-        self._path = folder / "metrics.jsonl"
-        self._writes = writes
-        if writes:
-            lines = _lines(folder)[:begin]
-            with appears_whole(self._path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            self._file = self._path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
-        self.best, self._lowest = _best(_lines(folder)[:begin])
-        """The step with the lowest validation loss so far."""
-
-    def write(self, step: int, **values: float) -> None:
-        if values.get("validation", math.inf) < self._lowest:
-            self.best, self._lowest = step, values["validation"]
-        if self._writes:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Onto the disk: a checkpoint that is there must not lack what was logged before it."""
-        if self._writes:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._writes:
-            self._file.close()
-            self._board.close()
-
-    def last(self) -> dict[str, float]:
-        lines = _lines(self._path.parent) if self._writes else []
-        return dict(json.loads(lines[-1])) if lines else {}
-
-
-def _lines(folder: Path) -> list[str]:
-    file = folder / "metrics.jsonl"
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
-def _best(lines: list[str]) -> tuple[int | None, float]:
-    """The first step with the lowest validation loss, and that."""
-    seen = [(values["validation"], values["step"]) for values in map(json.loads, lines) if "validation" in values]
-    lowest, step = min(seen, default=(math.inf, None))
-    return step, lowest
 
 
 def _check_specialties(weights: str | dict[str, float], there: list[str]) -> None:
@@ -439,12 +327,6 @@ def _compared_layers(cached: dict[str, Any], looks: Part, student_layers: int, s
     return pairs, head_groups(str(looks.options.get("heads", "mean")), cached["heads"], student_heads)
 
 
-def _looked(example: Example, tokens: Tokens, layer: int, groups: int, cells: Cells) -> Matched:
-    """The teacher's rows of a record in the student's tokens."""
-    assert example.targets.attention is not None
-    return matched(example.targets.attention[layer], example.targets.position, example.tokens, tokens, groups, cells)
-
-
 def _calibration(cache: Cache, student_id: np.ndarray, student_size: int, device: torch.device) -> Calibration:
     tail = cache.tail()
     if tail is None:
@@ -457,10 +339,10 @@ def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Opti
     names = [name for name in out.committed() if _is_of_this_run(out, name, writes)]
     while names:
         step = int(names[-1].removeprefix("step-"))
-        lines = _lines(out.path)[:step]
+        lines = lines_of(out.path)[:step]
         if out.info(names[-1]).get("metrics") != _digest(lines):
             raise DamageError(f"{out.path / 'metrics.jsonl'} is not the log that belongs to {names[-1]}. Put it back, or remove {out.path} to train anew.")
-        best, _ = _best(lines)
+        best, _ = best_of(lines)
         if best is None or _name(best) in names:
             load_checkpoint(_file(out, step), module, optimizer, state)
             return step
@@ -473,7 +355,7 @@ def _resume(out: RunFolder, module: torch.nn.Module, optimizer: torch.optim.Opti
 def _checkpoint(out: RunFolder, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], best: int | None, seconds: float) -> None:
     """seconds: what has been worked for it, over all sittings."""
     save_checkpoint(_file(out, step), module, optimizer, state)
-    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, run=out.path.name, step=step, metrics=_digest(_lines(out.path)), seconds=round(seconds, 1))
+    out.commit(_name(step), {f"checkpoints/{_name(step)}.safetensors": {}}, run=out.path.name, step=step, metrics=_digest(lines_of(out.path)), seconds=round(seconds, 1))
     for old in out.names()[:-KEEP_CHECKPOINTS]:
         if best is None or old != _name(best):
             out.withdraw(old)

@@ -82,7 +82,7 @@ def loss_of(
         if part.looks:
             continue
         if part.where_known:
-            found = [(word.known, word.weights, word.sureness, given | {"teacher": replace(word.target, **shared_out[part.tail])}) for word, given in said]
+            found = [(word.known, word.weights, word.sureness, given | {"teacher": replace(word.target, **shape) if (shape := shared_out[part.tail]) else word.target}) for word, given in said]
         else:
             found = [(torch.arange(len(batch.rows), device=logits.device), batch.weights, torch.ones_like(batch.weights), rows)]
         for which, weights, sure, given in found:

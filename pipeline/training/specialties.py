@@ -22,9 +22,10 @@ class Specialties:
         frequency = torch.tensor([counts[name] for name in self.names], dtype=torch.float32, device=device)
         self._share = frequency / frequency.sum()
         if isinstance(weights, dict):
-            self._factors = torch.tensor([weights.get(name, 1.0) for name in self.names], device=device)
+            self.constant = torch.tensor([weights.get(name, 1.0) for name in self.names], device=device)
+            """float32 [S]: those that do not change; 1 where they follow the loss."""
         else:
-            self._factors = 1 / (self._share * len(self.names)) if weights == "inverse_frequency" else torch.ones_like(self._share)
+            self.constant = 1 / (self._share * len(self.names)) if weights == "inverse_frequency" else torch.ones_like(self._share)
         self._by_loss = weights == "current_loss"
         self.state = {name: torch.zeros(len(self.names), device=device) for name in ("specialty_loss", "specialty_steps")} if self._by_loss else {}
         """What training goes on from."""
@@ -32,7 +33,7 @@ class Specialties:
     def factors(self) -> Tensor:
         """float32 [S], of the next step: that of the steps before it, so that it does not depend on how the step is split."""
         if not self._by_loss:
-            return self._factors
+            return self.constant
         loss, seen = self.state["specialty_loss"], self.state["specialty_steps"] > 0
         mean = (self._share * loss)[seen].sum() / self._share[seen].sum().clamp(min=1e-9)
         # one that was never seen counts as the average

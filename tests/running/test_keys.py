@@ -87,6 +87,11 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, file in (("teacher", "config.json"), ("student", "config.json"), ("student", "tokenizer.json")):
         shutil.copytree(place / "tiny" / name, place / "tiny" / f"other_{file.partition('.')[0]}_{name}")
         change(place / "tiny" / f"other_{file.partition('.')[0]}_{name}" / file)
+    for name in ("cache", "projection", "other_cache", "other_projection"):
+        folder = RunFolder(place / "tiny" / name)
+        identity: Identity = {"stage": name.removeprefix("other_"), "version": 1, "sections": {"of": {"name": name}}, "needs": {}}
+        folder.seal(identity["stage"], fingerprint(identity), identity, {}, {}, {})
+        folder.close()
     (place / "rich.yaml").write_text(RICH)
     return place
 
@@ -199,6 +204,9 @@ def of_datasets(place: str, other: str) -> list[Mutation]:
     ]
 
 
+TEACHERS = "training.more_teachers=[{cache: tiny/cache, projection: tiny/projection, weight: 0.5, specialties: {eye: 1.0}}]"
+
+
 SETTINGS = [
     *of_datasets("data.train", "tiny/other.jsonl"),
     *of_datasets("data.heldout.datasets", "tiny/other.jsonl"),
@@ -275,6 +283,12 @@ SETTINGS = [
     setting("training.objective.0.weight.from", "0.6", spares_control=True, given=("training.objective.0.weight={from: 0.7, to: 0.3}",)),
     setting("training.objective.0.weight.to", "0.2", spares_control=True, given=("training.objective.0.weight={from: 0.7, to: 0.3}",)),
     setting("training.objective.0.weight.schedule", "cosine", spares_control=True, given=("training.objective.0.weight={from: 0.7, to: 0.3}",)),
+    setting("training.own_teacher.weight", "0.4", spares_control=True, given=(TEACHERS,)),
+    setting("training.own_teacher.specialties.eye", "0.4", also=("training.own_teacher.specialties",), spares_control=True, given=(TEACHERS,)),
+    *(
+        setting(f"training.more_teachers.0.{key}", value, spares_control=True, given=(TEACHERS,))
+        for key, value in (("weight", "0.4"), ("specialties.eye", "0.4"), ("cache", "tiny/other_cache"), ("projection", "tiny/other_projection"))
+    ),
     setting("training.token_temperature.strength", "0.4", spares_control=True, given=("training.token_temperature={strength: 0.5}",)),
     setting("training.curriculum.by", "cross_entropy", given=("training.curriculum={by: entropy, order: ascending}",)),
     setting("training.curriculum.order", "descending", given=("training.curriculum={by: entropy, order: ascending}",)),
@@ -751,6 +765,8 @@ OTHER_MACHINE = {
     "device": "auto",
     "teacher_batch_records": "2",
     "student_micro_batch_records": "2",
+    "student_micro_batch_tokens": "64",
+    "packing": "true",
     "workers": "5",
     "max_rejected": "0.5",
     "numerics": "strict",
