@@ -136,7 +136,7 @@ def _training(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
         logs = [read_json_lines(run.file("metrics.jsonl")) for run in _runs(found, row)]
         if len(logs) < len(row.samples):
             missing.append(look)
-        losses = dict.fromkeys(key for log in logs for line in log for key in line if key not in NOT_LOSSES)
+        losses = dict.fromkeys(key for log in logs for line in log for key in line if key not in NOT_LOSSES and "/" not in key)
         for loss in losses:
             seeds = [_points(log, loss) for log in logs if any(loss in line for line in log)]
             panels.setdefault(loss, []).append((look, seeds))

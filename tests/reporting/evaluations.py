@@ -125,7 +125,9 @@ def _trained(runs: Path, identity: dict[str, Any], seed: int, steps: int) -> Fin
         noise = np.random.default_rng(seed).normal(0, 0.1, (2, steps))
         with out.result("metrics.jsonl") as file:
             lines = [
-                {"step": step + 1, "loss": 1.0, "forward_kl": 9 * 0.9**step + 2 + noise[0, step], "cross_entropy": 9 * 0.93**step + 3 + noise[1, step], "learning_rate": 1e-3} for step in range(steps)
+                {"step": step + 1, "loss": 1.0, "forward_kl": 9 * 0.9**step + 2 + noise[0, step], "cross_entropy": 9 * 0.93**step + 3 + noise[1, step], "learning_rate": 1e-3}
+                | ({"specialty/rare": 1.0} if step % 2 == seed % 2 else {})  # another's steps
+                for step in range(steps)
             ]
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         summary = {"steps": steps, "parameters": 1_500_000, "seconds": 100.0 + seed, "peak_memory_mb": 321.0}
