@@ -16,6 +16,15 @@ ROOT = Path(__file__).parents[1]
 VARIANTS = {
     "": [],
     "everything": ["targets.logits={keep: 16, hidden: int8, boundary: true, logsumexp: true}", "targets.positions=all", "teacher.dtype=bfloat16", "data.max_tokens=48"],
+    "ways": [
+        "targets.attention={matched: 2}",
+        "training.objective=[{loss: forward_kl, weight: {from: 0.7, to: 0.3}}, {loss: cross_entropy, weight: 0.3}, {loss: attention_match, weight: 0.1}]",
+        "training.specialty_weights=current_loss",
+        "training.token_temperature={strength: 0.5}",
+        "training.curriculum={by: entropy, share: {from: 0.5, to: 1.0}}",
+        "training.optimizer=adamw_8bit",
+        "student.lora={rank: 4}",
+    ],
     "sampled": ["targets.logits={method: sampled, keep: 20}", "training.objective=[{loss: forward_kl}]", "training.temperature=1.0"],
 }
 MEASURED = ("tokens_per_second", "peak_memory_mb", "seconds")
