@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.lookup import nearest, option_types, parameters
@@ -292,8 +292,8 @@ class Schedule(Section):
 class Weights(Section):
     """A schedule that may begin at 0."""
 
-    start: float = Field(alias="from", ge=0)
-    end: float = Field(alias="to", ge=0)
+    start: float = Field(alias="from", ge=0, le=1e6)
+    end: float = Field(alias="to", ge=0, le=1e6)
     schedule: Literal["linear", "cosine", "exponential"] = "linear"
 
     @model_validator(mode="after")
@@ -301,6 +301,14 @@ class Weights(Section):
         if self.schedule == "exponential" and min(self.start, self.end) <= 0:
             raise ValueError("an exponential schedule cannot begin at 0 or reach it; give a small number instead")
         return self
+
+
+def _number_or_schedule(value: Any) -> str:
+    return "a schedule" if isinstance(value, dict | Weights) else "a number"
+
+
+def _name_or_table(value: Any) -> str:
+    return "a table" if isinstance(value, dict) else "a name"
 
 
 def _number_is_constant(value: Any) -> Any:
@@ -316,7 +324,7 @@ class Objective(Named):
     kind, field = "losses", "loss"
     loss: str
     """A file in pipeline/losses/."""
-    weight: Annotated[float, Field(ge=0)] | Weights = 1.0
+    weight: Annotated[Annotated[float, Field(ge=0, le=1e6), Tag("a number")] | Annotated[Weights, Tag("a schedule")], Discriminator(_number_or_schedule)] = 1.0
     """A number, or a schedule of one over the steps."""
     tail: Literal["rest", "calibrated", "hidden"] = "rest"
     """How the mass that the teacher gives to unkept tokens is shared out among them: as the student does; so that each token's
@@ -384,9 +392,9 @@ class TokenTemperature(Section):
 
 
 class TeacherShare(Section):
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Beside the other teachers' weights; at each position those count that say something there."""
-    specialties: dict[str, Annotated[float, Field(ge=0)]] = {}
+    specialties: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
     """Its weight on the records of these, instead."""
 
     def of(self, specialty: str | None) -> float:
@@ -409,7 +417,9 @@ class Training(Section):
     temperature: Scheduled = Schedule.constant(1.0)
     token_temperature: TokenTemperature | None = None
     """Each token a temperature of its own, lower where teacher and student are far apart (AdaKD, arXiv 2510.11615, IDTS)."""
-    specialty_weights: Literal["inverse_frequency", "current_loss"] | dict[str, Annotated[float, Field(ge=0)]] = {}
+    specialty_weights: Annotated[
+        Annotated[Literal["inverse_frequency", "current_loss"], Tag("a name")] | Annotated[dict[str, Annotated[float, Field(ge=0, le=1e6)]], Tag("a table")], Discriminator(_name_or_table)
+    ] = {}
     """Factor on the records of a specialty; 1 for those not named. inverse_frequency: all weigh the same together; current_loss: in
     proportion to the student's loss on each lately. Both have a mean of 1 over the records."""
     curriculum: Curriculum | None = None
@@ -449,6 +459,16 @@ class Training(Section):
             raise ValueError("token_temperature asks which tokens the student has right, and uld knows no tokens; leave one of them out")
         if self.more_teachers and (self.token_temperature or any(part.tail != "rest" for part in self.objective if part.most > 0)):
             raise ValueError("more_teachers are compared at one temperature and with `tail: rest`; leave token_temperature and other tails out")
+        compares = any(part.takes("teacher") or part.takes("values") for part in self.objective if part.most > 0)
+        if not compares and (wrong := next((name for name in ("token_temperature", "more_teachers") if getattr(self, name)), None)):
+            raise ValueError(f"{wrong} has no effect on an objective that compares no tokens with a teacher's; leave it out")
+        shares = [self.own_teacher, *self.more_teachers]
+        if not any(max([share.weight, *share.specialties.values()]) for share in shares):
+            raise ValueError("every teacher weighs 0; leave some weight")
+        if self.validation and not any(part.weight_at(1, 2) for part in self.objective):
+            raise ValueError("validation has the objective's last weights, and they are all 0; let one end above 0")
+        if self.specialty_weights == "current_loss" and all(part.takes("attention") for part in self.objective if part.most > 0):
+            raise ValueError("specialty_weights: current_loss follows the losses over tokens, and the objective has none; leave it out")
         if not self.more_teachers and self.own_teacher != TeacherShare():
             raise ValueError("own_teacher has no effect without more_teachers; leave it out")
         if sum(part.takes("attention") for part in self.objective if part.most > 0) > 1:
@@ -660,7 +680,7 @@ def _build(node: yaml.Node, place: Place, lines: dict[Place, str], file: Path) -
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*place, i), lines, file) for i, child in enumerate(node.value)]
-    return yaml.load(yaml.serialize(node), Loader=_Loader)
+    return None if node.tag == "tag:yaml.org,2002:null" else yaml.load(yaml.serialize(node), Loader=_Loader)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -717,9 +737,10 @@ def _explain(problem: Any, lines: dict[Place, str], file: str, model: Any = Expe
         for part in problem["loc"][:-1]:
             model = _inside(model, part)
         fields = [field.alias or name for name, field in model.model_fields.items()] if model else []
+        dotted = ".".join(map(str, place if problem["loc"][-1] in place[-1:] else (*place, problem["loc"][-1])))
         return f"{where}: unknown key '{dotted}'; {nearest(str(problem['loc'][-1]), fields)}"
     if problem["type"] == "missing":
-        missing = ".".join(str(part) for part in problem["loc"])
+        missing = ".".join(str(part) for part in (*place, problem["loc"][-1]))
         return f"{where}: '{missing}' is missing."
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline.config import load_ablation, load_experiment
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.files import appears_whole
 from pipeline.reporting.tables import comparison_csv, comparison_table, comparison_text
 from pipeline.running.ablation import results, trials
@@ -160,7 +160,13 @@ def ablate(
     as_json: bool,
 ) -> None:
     """Changes to one experiment: train and evaluate what is missing, from one cache, and compare. Never asks a teacher."""
+    if any(change.startswith(("training.seed=", "name=")) for change in changes):
+        raise ConfigError("--set: the seeds of an ablation are its `seeds`, and --name is the name of its tables.")
+    if devices is not None and not all(part.strip().isdecimal() for part in devices.split(",")):
+        raise ConfigError(f"--devices {devices}: give CUDA's numbers, such as 0,1.")
     wanted = load_ablation(ablation, {"base": str(base.absolute()) if base else None, "name": name})
+    if wanted.name in {stage.folder for stage in STAGES}:
+        raise ConfigError(f"An ablation cannot be called {wanted.name}: the folder of that stage is there. Give another `name`, or --name.")
     found = trials(wanted, ablation.parent, STAGES, runs, _given(given), roots, changes)
     place = runs / wanted.name
     with stops_when_asked():

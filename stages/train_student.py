@@ -75,7 +75,7 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     for each in [view, *(other.view for other in others)] if with_targets else []:
         _check_view(each, objective, training.hottest)
     specialties = Specialties((name for place, name in specialty_of.items() if place not in refused), training.specialty_weights, accelerator.device)
-    _check_specialties(training.specialty_weights, specialties.names)
+    _check_specialties(training, specialties.names)
     steps = _steps(training, order)
 
     model = load_student(source, student.revision, student.layers, accelerator.device, student.dtype, student.quantization, student.double_quantization)
@@ -84,11 +84,12 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
     parameters, trained = sizes(model)
     if machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary)).train()
+    module = row_logits(model, student.model, rows_that_are_tokens(model, student.model, tokenizer.vocabulary))
     if machine.packing:
         module.check_packing(student.model)
         if looks:
             raise InputError("machine.packing puts records into one row, and attention_match reads each record's own. Leave one of them out.")
+    module.train()
     text = model.config.get_text_config()
     pairs, groups = _compared_layers(cache.about["attention"], looks, text.num_hidden_layers, text.num_attention_heads) if looks else ([], 1)
     attending = Attending(model, student.model, [ours for _, ours in pairs]) if pairs else None
@@ -169,6 +170,8 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         raise PipelineError(f"The processes do not see the same checkpoints in {out.path}: this one has step {begin}. Run the command again when every machine's file system shows the same.")
     before = float(out.info(_name(begin)).get("seconds", 0.0)) if begin else 0.0
     aside = lessons.batches(of_this_process(watched), training.temperature.end)
+    if watched and total_of([batch.to(accelerator.device).weighted(specialties.constant) for batch in aside])[0] == 0:
+        raise InputError("training.validation: all records that are put aside weigh 0, so that nothing would be measured. Put more aside, or give other weights.")
     log = Log(out.path, begin, writes=accelerator.is_main_process)
     progress = Progress("train-student" if with_teacher else "train-control", steps, begin, "steps", silent=not accelerator.is_main_process)
 
@@ -191,6 +194,10 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if not torch.isfinite(sums[0]):
             raise NumericsError(f"The loss is {sums[0].item()} at step {step + 1}. The checkpoint before it is kept. Try a lower training.learning_rate, more warmup_steps, or `precision: fp32`.")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_gradient_norm)
+        if not torch.isfinite(norm):
+            raise NumericsError(
+                f"The gradient's norm is {float(norm)} at step {step + 1}. The checkpoint before it is kept. Try a lower training.learning_rate, smaller weights, or `precision: fp32`."
+            )
         rate = training.learning_rate
         lr = learning_rate_at(step, steps, training.warmup_steps, rate.start, rate.end, rate.schedule)
         for group in optimizer.param_groups:
@@ -208,9 +215,9 @@ def run(student: Student, training: Training, machine: Machine, inputs: Inputs, 
         if training.validation and ((step + 1) % training.validation.every == 0 or step + 1 == steps):
             losses["validation"] = validated()
         if len(specialties.names) > 1:
-            losses |= {f"specialty/{name or 'none'}": value for name, value in of_each.items()}
+            losses |= {f"specialty/{name or '(none)'}": value for name, value in of_each.items()}
         if training.specialty_weights == "current_loss":
-            losses |= {f"specialty_weight/{name or 'none'}": float(factors[specialties.index[name]]) for name in of_each}
+            losses |= {f"specialty_weight/{name or '(none)'}": float(factors[specialties.index[name]]) for name in of_each}
         losses |= {f"weight/{part.name}": part.weight for part, given in zip(now, counting, strict=True) if not isinstance(given.weight, float)}
         log.write(step + 1, loss=sums[0].item(), **losses, learning_rate=lr, temperature=temperature, gradient_norm=float(norm))
         progress.advance(1, sum(batch.tokens for batch in here), f"loss {sums[0].item():.3f}")
@@ -270,16 +277,22 @@ def _check_view(view: StudentView, objective: list[Part], hottest: float) -> Non
         raise InputError(f"projection.method {view.fitted.method} keeps values and no tokens: the loss {wrong[0]} has nothing to compare. Use the loss `uld` with it, or another projection.method.")
 
 
-def _check_specialties(weights: str | dict[str, float], there: list[str]) -> None:
-    if isinstance(weights, str):
-        if there == [""]:
-            raise InputError(f"training.specialty_weights: {weights} balances specialties, and no training record of the cache has one. Leave it out, or give `specialty` among the data's fields.")
-        return
-    unknown = [name for name in weights if name not in there]
-    if unknown:
-        raise InputError(f"training.specialty_weights: no record of the cache has the specialty '{unknown[0]}'; {nearest(unknown[0], [name for name in there if name])}")
-    if all(weights.get(name, 1.0) == 0 for name in there):
-        raise InputError("training.specialty_weights: every record of the cache weighs 0. Leave some specialty in.")
+def _check_specialties(training: Training, there: list[str]) -> None:
+    weights = training.specialty_weights
+    if there == [""] and (isinstance(weights, str) or (training.curriculum and training.curriculum.by == "specialty")):
+        raise InputError(
+            "training.specialty_weights and curriculum by specialty need specialties, and no training record of the cache has one. Leave them out, or give `specialty` among the data's fields."
+        )
+    named = {"specialty_weights": weights if isinstance(weights, dict) else {}, "own_teacher.specialties": training.own_teacher.specialties}
+    named |= {f"more_teachers.{n}.specialties": teacher.specialties for n, teacher in enumerate(training.more_teachers)}
+    for where, names in named.items():
+        if unknown := [name for name in names if name not in there]:
+            hint = nearest(unknown[0], [name for name in there if name]) if there != [""] else "no record has one."
+            raise InputError(f"training.{where}: no training record of the cache has the specialty '{unknown[0]}'; {hint}")
+    passes = [list(names) for names in (training.curriculum.epochs if training.curriculum else None) or [["all"]]]
+    for trained_on in passes:
+        if isinstance(weights, dict) and all(weights.get(name, 1.0) == 0 for name in (there if "all" in trained_on else trained_on)):
+            raise InputError("training.specialty_weights: every record that is trained on weighs 0. Leave some specialty in.")
 
 
 def _steps(training: Training, order: Order) -> int:

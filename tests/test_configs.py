@@ -186,3 +186,30 @@ def test_draws_have_no_tail_and_one_temperature(tmp_path: Path, objective: str, 
             load_experiment(file).check_cache_suffices()
     else:
         load_experiment(file).check_cache_suffices()
+
+
+@pytest.mark.parametrize(
+    ("training", "wanted"),
+    [
+        ("objective: [{loss: forward_kl, weight: {from: 1}}]", "'training.objective.0.weight.to' is missing"),
+        ("objective: [{loss: forward_kl, weight: {from: 1, to: 2, shedule: linear}}]", "unknown key 'training.objective.0.weight.shedule'; did you mean 'schedule'?"),
+        ("objective: [{loss: forward_kl, weight: -1}]", "training.objective.0.weight: input should be greater than or equal to 0 (it is -1)"),
+        ("objective: [{loss: forward_kl, weight: {from: 1, to: 0}}], validation: {every: 1}", "they are all 0"),
+        ("objective: [{loss: cross_entropy}], token_temperature: {}", "token_temperature has no effect"),
+        ("objective: [{loss: cross_entropy}], more_teachers: [{cache: a, projection: b}]", "more_teachers has no effect"),
+        ("own_teacher: {weight: 0}, more_teachers: [{cache: a, projection: b, weight: 0}]", "every teacher weighs 0"),
+        ("objective: [{loss: attention_match}], specialty_weights: current_loss", "current_loss follows the losses over tokens"),
+        ("specialty_weights: {heart: -1}", "training.specialty_weights.heart: input should be greater than or equal to 0 (it is -1)"),
+        ("specialty_weights: balanced", "input should be 'inverse_frequency' or 'current_loss' (it is 'balanced')"),
+    ],
+)
+def test_a_way_to_train_that_makes_no_sense_is_told(tmp_path: Path, training: str, wanted: str):
+    said = error_of(tmp_path, SMALL.replace("steps: 10", f"steps: 10, {training}"))
+    assert wanted in said
+    assert "function-after" not in said
+
+
+def test_an_empty_value_is_nothing(tmp_path: Path):
+    file = tmp_path / "e.yaml"
+    file.write_text("base: x.yaml\nvariants:\n  plain:\n  other: {training.steps: 3}\n")
+    assert load_ablation(file).changes() == {"plain": {}, "other": {"training.steps": 3}}

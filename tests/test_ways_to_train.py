@@ -111,3 +111,36 @@ def test_packing_that_leaks_is_refused(made: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(RowLogits, "hidden", lambda self, ids, positions=None: whole(self, ids))
     with pytest.raises(Exception, match=r"Set machine\.packing to false"):
         module.check_packing("student")
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight_and_no_checkpoint(made: Path, done: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place, clip, calls = link_inputs(made, tmp_path / "place"), torch.nn.utils.clip_grad_norm_, []
+
+    def broken(parameters: object, norm: float) -> torch.Tensor:
+        calls.append(1)
+        return torch.tensor(torch.nan) if len(calls) == 4 else clip(parameters, norm)  # a checkpoint is due behind it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+        trained(place, done, status=1)
+    assert not list(place.path.glob("runs/train-student/*/commits/*"))
+    assert metrics(trained(place, done)) == metrics(trained(link_inputs(made, tmp_path / "straight"), done))
+
+
+def test_a_pruned_student_with_dropout_can_be_packed(own: Place, done: Place):
+    file = own.path / "tiny" / "student" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.2}))
+    assert len(metrics(trained(own, done, "machine.packing=true", "student.layers=[0, 2]", "training.steps=3"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("training.specialty_weights={ear: 0.0}", "training.curriculum={by: specialty, epochs: [[ear]]}"), "every record that is trained on weighs 0"),
+        (("training.specialty_weights={hart: 2.0}",), "'hart'; did you mean 'heart'?"),
+    ],
+)
+def test_weights_of_specialties_that_leave_nothing_or_name_none_are_refused(made: Path, done: Place, tmp_path: Path, settings: tuple[str, ...], said: str):
+    place = link_inputs(made, tmp_path / "place")
+    given = [word for before in ("cache-teacher", "fit-projection") for word in ("--use", f"{before}={done.path / done.finished(before).path}")]
+    assert said in place.pipeline("train-student", CONFIG, *given, *(word for setting in settings for word in ("--set", setting)), status=2)

@@ -86,18 +86,19 @@ def in_parts(hidden: Tensor, head: nn.Module, vocabulary_size: int, dtype: torch
     logits are those of the head's first `vocabulary_size` rows.
     """
     form = (PlainHead if type(head) is nn.Linear else AnyHead)(head, vocabulary_size, dtype)  # type: ignore[arg-type]
-    total: Tensor = _InParts.apply(hidden, form, parts, loss_of, *form.gradients)
+    total: Tensor = _InParts.apply(hidden, form, parts, loss_of, torch.is_grad_enabled(), *form.gradients)
     return total
 
 
 class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, parts: Sequence[tuple[int, int]], loss_of: LossOf, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, parts: Sequence[tuple[int, int]], loss_of: LossOf, learns: bool, *parameters: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        of_hidden = torch.zeros_like(hidden)
+        learns = learns and any(ctx.needs_input_grad)
+        of_hidden = torch.zeros_like(hidden) if learns else hidden[:0]
         for i, (begin, end) in enumerate(parts):
             rows = hidden[begin:end].detach()
-            if any(ctx.needs_input_grad):
+            if learns:
                 loss, of_hidden[begin:end] = head.loss(rows, partial(loss_of, i))
             else:
                 loss = loss_of(i, head.logits(rows))
@@ -110,8 +111,8 @@ class _InParts(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, *of_head = ctx.gradients if slope == 1 else [gradient * slope for gradient in ctx.gradients]
         del ctx.gradients
-        return of_hidden, None, None, None, *of_head
+        return of_hidden, None, None, None, None, *of_head
 
 
 def _zeros(head: nn.Module) -> dict[Tensor, Tensor]:
-    return {parameter: torch.zeros_like(parameter) for parameter in head.parameters() if parameter.requires_grad}
+    return {parameter: torch.zeros_like(parameter) for parameter in head.parameters() if parameter.requires_grad and torch.is_grad_enabled()}

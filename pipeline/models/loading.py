@@ -93,7 +93,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int], name: str) -> PreTrai
     assert not unexpected
     assert all(key.startswith(prefix) for key in missing)
     smaller.generation_config = model.generation_config
-    return smaller
+    return smaller.eval()
 
 
 def decoder_layers(model: PreTrainedModel, name: str) -> torch.nn.ModuleList:

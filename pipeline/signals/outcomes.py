@@ -55,7 +55,9 @@ class _LogOutcomes(torch.autograd.Function):
         shares = scaled.softmax(-1)
         log_others = top - shares.gather(-1, at).log()
         # each token once, however often it is repeated
-        first = (ids[:, :, None] == ids[:, None, :]).int().argmax(-1) == torch.arange(ids.shape[1], device=ids.device)
+        ascending, order = ids.sort(stable=True, dim=-1)
+        new = torch.cat([torch.ones_like(ascending[:, :1], dtype=torch.bool), ascending[:, 1:] != ascending[:, :-1]], -1)
+        first = torch.zeros_like(new).scatter(-1, order, new)
         normaliser = torch.logaddexp(log_others, tokens.masked_fill(~first, NO_SHARE).logsumexp(-1, keepdim=True))
         log_p = torch.cat([tokens, log_others], -1) - normaliser
         ctx.kept, ctx.dtype = (shares, ids, temperature, log_p), student.dtype

@@ -137,3 +137,11 @@ def test_control_a_head_whose_gradient_is_only_the_last_parts_is_caught(monkeypa
     monkeypatch.setattr(Tensor, "addmm_", lambda self, a, b: addmm(self.zero_(), a, b))
     with pytest.raises(AssertionError):
         check([4, N], tied=True)
+
+
+def test_what_is_not_gone_back_through_makes_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient is made"))
+    model = Tiny(tied=False)
+    states = model(torch.arange(N))
+    with torch.no_grad():
+        in_parts(states, model.head, V, torch.float64, [(0, N)], lambda i, logits: logits.sum())
