@@ -2,7 +2,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.benchmarks._bootstrap import interval, resampled
+from pipeline.benchmarks._questions import Answered, figures_of, rows_of
+from pipeline.benchmarks._records import DIGEST
 from pipeline.benchmarks._scores import Scorer
 from pipeline.datasets._rows import record_of_row
 from pipeline.lookup import find
@@ -22,19 +23,14 @@ def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = 
     scores = model.scores(choices) if choices else None
     if not scores:
         return {"accuracy": None, "accuracy_interval": None, "questions": len(questions)}
-    chosen = []
+    answered = []
     begin = 0
     for question in questions:
-        count = len(question.options or ())
-        per_byte = [score.logprob / max(score.answer_bytes, 1) for score in scores[begin : begin + count]]
-        chosen.append(int(np.argmax(per_byte)))
-        begin += count
-    right = np.array([choice == question.answer_index for choice, question in zip(chosen, questions, strict=True)])
-    found = interval(resampled(right[:, None], np.ones((len(right), 1)))[:, 0])
-    assert found
-    return {
-        "accuracy": float(right.mean()),
-        "accuracy_interval": list(found),
-        "questions": len(questions),
-        "records": [(question, {"chosen": choice, "answer": question.answer_index, "right": choice == question.answer_index}) for question, choice in zip(questions, chosen, strict=True)],
-    }
+        of_options = scores[begin : begin + len(question.options or ())]
+        begin += len(of_options)
+        chosen = int(np.argmax([score.logprob / max(score.answer_bytes, 1) for score in of_options]))
+        asked = "\n".join(segment.text for segment in question.segments[:-1])
+        assert question.answer_index is not None
+        answered.append(Answered(question.id, question.digest()[:DIGEST], question.specialty, asked, [score.logprob for score in of_options], chosen, question.answer_index))
+    figures = figures_of(answered)
+    return {key: figures[key] for key in ("accuracy", "accuracy_interval", "questions")} | {"tasks": {"multiple_choice": figures}, "records": rows_of(answered)}
