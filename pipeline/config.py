@@ -486,16 +486,53 @@ class Benchmark(Named):
         self.check()
         return self
 
+    @property
+    def live(self) -> bool:
+        """Whether it asks what no cache holds."""
+        return parameters("benchmarks", self.benchmark)[0][0] == "live"
+
+
+def _one_by_one(value: Any) -> Any:
+    """{mmlu_medical: {path: ...}} is a list of one."""
+    return [{"benchmark": name, **(options or {})} for name, options in value.items()] if isinstance(value, dict) and all(isinstance(part, dict | None) for part in value.values()) else value
+
+
+class Published(Section):
+    path: str
+    """A JSON file as configs/distilllm_med/published.json."""
+
 
 class Evaluation(Section):
-    benchmarks: Annotated[list[Benchmark], Field(min_length=1)] = [
+    benchmarks: Annotated[list[Benchmark], Field(min_length=1), BeforeValidator(_one_by_one)] = [
         Benchmark(benchmark="perplexity"),
         Benchmark(benchmark="fidelity"),
         Benchmark(benchmark="multiple_choice"),
         Benchmark(benchmark="calibration"),
     ]
+    """A list, or {name: options}."""
     control: bool = True
     """Also train and evaluate the same student without the teacher (train-control)."""
+    ask_teacher: bool = True
+    """Ask the teacher, too, what its cache cannot answer (evaluate-teacher); false: there it has no figures."""
+    published: Published | None = None
+    """Figures of others that stand beside ours, marked as theirs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Evaluation":
+        if not self.ask_teacher and not self.live:
+            raise ValueError("ask_teacher has no effect without a benchmark that the cache cannot answer (the harness's, text_quality); leave it out")
+        return self
+
+    @property
+    def live(self) -> list[Benchmark]:
+        """Those that ask what no cache holds."""
+        return [entry for entry in self.benchmarks if entry.live]
+
+
+class Asked(Section):
+    """What the stage that asks the teacher is told of the evaluation."""
+
+    benchmarks: list[Benchmark]
 
 
 class Machine(Section):
@@ -516,6 +553,8 @@ class Machine(Section):
     gradient_checkpointing: bool = False
     checkpoint_steps: Positive = 100
     """Optimizer steps between two checkpoints."""
+    measure_cost: bool = True
+    """Measure how fast the models write and how much memory they take: the teacher's once in cache-teacher, the students' in evaluate."""
 
 
 class Experiment(Section):
@@ -533,6 +572,10 @@ class Experiment(Section):
     @property
     def student_tokenizer(self) -> TokenizerSource:
         return TokenizerSource(tokenizer=self.student.model, revision=self.student.revision)
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(benchmarks=self.evaluation.live)
 
     def check_cache_suffices(self) -> None:
         """ConfigError if training asks for what a cache of these targets will not hold: better now than after the teacher has run."""

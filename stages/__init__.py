@@ -52,11 +52,20 @@ STAGES = (
         help="The same student, steps and data without the teacher (SFT only).",
     ),
     Stage(
+        name="evaluate-teacher",
+        module="stages.evaluate_teacher",
+        version=1,
+        reads=("teacher", "asked"),
+        needs=("cache-teacher",),
+        if_live=True,
+        help="Ask the teacher what benchmarks ask and its cache cannot answer.",
+    ),
+    Stage(
         name="evaluate",
         module="stages.evaluate",
-        version=3,
+        version=4,
         reads=("student", "evaluation"),
-        needs=("cache-teacher", "fit-projection", "train-student", "train-control"),
+        needs=("cache-teacher", "fit-projection", "train-student", "train-control", "evaluate-teacher"),
         help="Teacher, student before training, control and distilled student on the held-out split.",
     ),
 )

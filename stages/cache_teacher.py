@@ -21,6 +21,7 @@ from pipeline.config import Logits as LogitsSettings
 from pipeline.errors import InputError, Mismatch, NumericsError, PipelineError
 from pipeline.files import appears_whole, write_json
 from pipeline.models.attention import Capture, sees_everything
+from pipeline.models.cost import cost_of
 from pipeline.models.heads import RowLogits, row_logits, rows_that_are_tokens
 from pipeline.models.loading import device_named, load_teacher, numerics_of
 from pipeline.models.memory import PeakMemory
@@ -42,6 +43,8 @@ HEAD_FILE = "head.safetensors"
 """A piece of its own."""
 ABOUT = "about"
 """The piece that the last process to find all shards finished makes: what they have in common."""
+COST = "cost"
+"""A piece without files, that goes into the summary."""
 SAME_WORD = 0.1
 """Nats by which the log-probability of what follows may be off on the average, when a teacher is asked again elsewhere."""
 SAME_LOOK = 0.02
@@ -104,12 +107,17 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
                 loaded().head.keep_head(temporary)
             out.commit(HEAD, {HEAD_FILE: {}}, key=out.path.name)
 
+    if machine.measure_cost and not out.sealed():
+        for _ in out.pieces([COST]):
+            out.commit(COST, {}, cost=cost_of(loaded().head.model, loaded().head.vocabulary_size))
+    cost = out.info(COST)["cost"] if COST in out.names() else None
+
     committed = [out.info(name) for name in shards]
     if strict:
         _refuse_mixed(out, shards, committed[0]["numerics"])
     _check_rejected([each for shard in committed for each in shard["rejected"]], machine.max_rejected, records)
     if out.sealed():  # by another process
-        return _summary(committed, teacher.model)
+        return _summary(committed, teacher.model, cost)
     about = {
         "format": FORMAT,
         "template": data.template,
@@ -135,7 +143,7 @@ def run(data: Data, teacher: Teacher, targets: Targets, machine: Machine, inputs
         write_json(out.path / "cache.json", about)
         files = ["cache.json", "vocabulary.parquet", *(f"tokenizer/{file.name}" for file in sorted((out.path / "tokenizer").iterdir()))]
         out.commit(ABOUT, {file: {} for file in files}, key=out.path.name)
-    return _summary(committed, teacher.model)
+    return _summary(committed, teacher.model, cost)
 
 
 def _fitted(record: Record, split: str, tokenizer: RecordTokenizer, max_tokens: int, rejected: list[dict[str, Any]]) -> Iterator[tuple[Record, Tokens] | None]:
@@ -297,7 +305,7 @@ def _specialties(shards: list[dict[str, Any]]) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _summary(shards: list[dict[str, Any]], teacher: str) -> dict[str, Any]:
+def _summary(shards: list[dict[str, Any]], teacher: str, cost: dict[str, Any] | None) -> dict[str, Any]:
     total: Counter[str] = Counter()
     for shard in shards:
         total.update({key: shard[key] for key in ("records", "tokens", "positions", "left_out", "seconds")})
@@ -310,6 +318,7 @@ def _summary(shards: list[dict[str, Any]], teacher: str) -> dict[str, Any]:
         "rejected": sum(len(shard["rejected"]) for shard in shards),
         "tokens_per_second": round(total["tokens"] / max(float(total["seconds"]), 1e-9), 1),
         "peak_memory_mb": round(max((shard["peak_memory_mb"] for shard in shards), default=0.0), 1),
+        "cost": cost,
         "mixed_numerics": len({str(shard["numerics"]) for shard in shards}) > 1,
     }
 

@@ -63,6 +63,10 @@ class Row:
     task: str = HELDOUT
 
 
+def key_of(one: Row) -> tuple[str, str, str]:
+    return one.task, one.record, one.digest
+
+
 def row(record: Record, **columns: Any) -> Row:
     return Row(record.id, record.digest()[:DIGEST], record.specialty, "\n".join(segment.text for segment in record.segments), columns)
 
@@ -73,7 +77,7 @@ def as_table(models: Mapping[str, Sequence[Row]], seen: Mapping[tuple[str, str, 
     for model, kept in models.items():
         for one in kept:
             assert one.columns.keys() <= set(COLUMNS), one.columns.keys()
-            key = (one.task, one.record, one.digest)
+            key = key_of(one)
             about = {"model": model, "specialty": one.specialty, "seen": (seen or {}).get(key)} | dict(zip(KEY, key, strict=True))
             rows.setdefault((model, *key), about).update(one.columns)
     return pa.Table.from_pylist([dict.fromkeys(RECORDS.names) | kept for kept in rows.values()], RECORDS)

@@ -73,5 +73,6 @@ class Live(Protocol):
         """Of each (context, continuation), in order: the continuation's log-probability in nats, and whether it is the most likely
         one token by token. None if nobody has asked this model."""
 
-    def generations(self, records: Sequence[Record], max_tokens: int) -> list[tuple[str, bool]] | None:
-        """Of each record's question, in order: the answer, always the most likely token next, and whether it came to its end."""
+    def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool] | None] | None:
+        """Of each record's question, in order: the answer, always the most likely token next, and whether it came to its end. None
+        for a record that this model was not asked, or for all."""

@@ -17,7 +17,7 @@ from pipeline.running.folder import FinishedFolder
 from pipeline.running.runner import Runner
 from pipeline.running.stage import Stage
 
-TEACHERS = ("prepare-data", "cache-teacher")
+TEACHERS = ("prepare-data", "cache-teacher", "evaluate-teacher")
 """Stages that an ablation never runs: what they make is shared by all."""
 POLL = 0.1
 """Seconds."""

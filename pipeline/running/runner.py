@@ -110,9 +110,10 @@ class Runner:
         return [stage for stage in self.stages if stage.name in wanted]
 
     def needs(self, stage: Stage) -> list[Stage]:
-        """What a stage builds on; without the control where the experiment wants none."""
-        control = self.experiment.evaluation.control
-        return [need for need in self.stages if need.name in stage.needs and (control or not need.same_as)]
+        """What a stage builds on; without the control, or the teacher's own answers, where the experiment wants none."""
+        wanted = self.experiment.evaluation
+        unwanted = {need.name for need in self.stages if (need.same_as and not wanted.control) or (need.if_live and not (wanted.ask_teacher and wanted.live))}
+        return [need for need in self.stages if need.name in stage.needs and need.name not in unwanted]
 
     def identity(self, stage: Stage) -> Identity:
         if stage.name not in self._identities:

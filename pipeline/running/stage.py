@@ -23,6 +23,8 @@ class Stage:
     """A module whose `keys` says what each piece is made from, so that pieces of other runs can be taken over."""
     not_in_pieces: tuple[str, ...] = ()
     """Settings that say which input there is and how it is cut: no piece depends on them other than through its own input."""
+    if_live: bool = False
+    """Only where a benchmark asks the teacher what its cache cannot answer."""
     same_as: str | None = None
     """The stage whose work and folder this is, with the experiment's settings without the teacher."""
 

@@ -1,0 +1,143 @@
+"""A model that answers anything: how likely a continuation is, as the harness asks it, and what it writes."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from pipeline.errors import InputError, NumericsError
+from pipeline.models.tokenizers import RecordTokenizer
+from pipeline.signals.records import ANSWER, Record, Tokens
+
+AT_ONCE = 16
+"""Batches that are handed to the model together: within them like lengths come together."""
+Remember = Callable[[list[str], Callable[[list[int]], list[Any]], int], list[Any]]
+"""Keys, what asks for the values of some of them (by place), how many at a time -> all values."""
+
+
+def likelihood_key(context: str, continuation: str) -> str:
+    return hashlib.sha256(json.dumps(["likelihood", context, continuation]).encode()).hexdigest()[:32]
+
+
+def generation_key(record: Record, max_tokens: int) -> str:
+    return hashlib.sha256(json.dumps(["generation", record.digest(), max_tokens]).encode()).hexdigest()[:32]
+
+
+def remember_nothing(keys: list[str], ask: Callable[[list[int]], list[Any]], at_once: int) -> list[Any]:
+    return list(chain.from_iterable(ask(list(range(begin, min(begin + at_once, len(keys))))) for begin in range(0, len(keys), at_once)))
+
+
+class LiveModel:
+    """A causal LM with its tokenizer and template. remember: what keeps answers, so that none is asked for twice."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: RecordTokenizer, name: str, batch_records: int, remember: Remember = remember_nothing) -> None:
+        self._model, self._tokenizer, self._name, self._batch, self._remember = model, tokenizer, name, batch_records, remember
+        self._device = next(model.parameters()).device
+        self._harness: Any = None
+
+    def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """By the harness's own model for transformers, in batches of like length; logits are made into log-probabilities in float32."""
+        found = self._remember([likelihood_key(*each) for each in asked], lambda places: self._likelihoods([asked[place] for place in places]), self._batch * AT_ONCE)
+        return [(float(logprob), bool(greedy)) for logprob, greedy in found]
+
+    def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool]]:
+        """Always the most likely token, from the question as the template renders it, in batches of like length."""
+        prompts = [prompt_of(self._tokenizer.render(record)) for record in records]
+        order = sorted(range(len(records)), key=lambda place: len(prompts[place]))
+        keys = [generation_key(records[place], max_tokens) for place in order]
+        found = self._remember(keys, lambda places: self._generated([prompts[order[place]] for place in places], max_tokens), self._batch)
+        answers: list[tuple[str, bool]] = [("", False)] * len(records)
+        for place, (text, ended) in zip(order, found, strict=True):
+            answers[place] = (str(text), bool(ended))
+        return answers
+
+    def _likelihoods(self, asked: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+        if self._harness is None:
+            self._harness = _harness_model(self._model, self._tokenizer, self._batch)
+        with torch.inference_mode():
+            found = self._harness.loglikelihood([_Asked(each) for each in asked], disable_tqdm=True)
+        for (context, continuation), (logprob, _) in zip(asked, found, strict=True):
+            if not np.isfinite(logprob):
+                raise NumericsError(f"{self._name} gives {continuation!r} after {context[-80:]!r} a log-probability that is not finite. Train it with a lower learning rate, or load it with another dtype.")
+        return [(float(logprob), bool(greedy)) for logprob, greedy in found]
+
+    def _generated(self, prompts: list[list[int]], max_tokens: int) -> list[tuple[str, bool]]:
+        vocabulary = self._tokenizer.vocabulary
+        ends = list(vocabulary.end_ids)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self._device)
+        answers = greedy(self._model, ids, mask, max_tokens, ends, len(vocabulary))[:, width:].tolist()
+        return [_answer(answer, set(ends), vocabulary.token_bytes) for answer in answers]
+
+
+class Remembered:
+    """A model that was asked elsewhere; None: nobody has asked it."""
+
+    def __init__(self, answers: Mapping[str, Any] | None, name: str) -> None:
+        self._answers, self._name = answers, name
+
+    def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]] | None:
+        if self._answers is None:
+            return None
+        found = [self._answers.get(likelihood_key(*each)) for each in asked]
+        if missing := found.count(None):
+            raise InputError(
+                f"{self._name} was not asked {missing} of {len(asked)} questions, such as {asked[found.index(None)][0][-80:]!r}: a benchmark has others than it had then "
+                "(one from the hub, or of another version of lm-eval). Remove the folder of evaluate-teacher and run that stage again, or set evaluation.ask_teacher to false."
+            )
+        return [(float(answer[0]), bool(answer[1])) for answer in found if answer]
+
+    def generations(self, records: Sequence[Record], max_tokens: int) -> list[tuple[str, bool] | None] | None:
+        if self._answers is None:
+            return None
+        found = [self._answers.get(generation_key(record, max_tokens)) for record in records]
+        return [None if answer is None else (str(answer[0]), bool(answer[1])) for answer in found]
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, ends: list[int], vocabulary_size: int, least: int | None = None) -> torch.Tensor:
+    """int64 [B, T + new]: the most likely token next, and nothing of what the model's own generation settings say. least: do not end before."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    beyond = list(range(vocabulary_size, rows)) or None  # rows of the head that are no tokens
+    plain = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new_tokens, min_new_tokens=least, eos_token_id=ends, pad_token_id=ends[0], suppress_tokens=beyond)
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with torch.inference_mode():
+            return model.generate(ids, attention_mask=mask, generation_config=plain)  # type: ignore[operator]
+    finally:
+        model.generation_config = before
+
+
+def prompt_of(tokens: Tokens) -> list[int]:
+    """The ids before the last answer."""
+    inside = tokens.kind >= ANSWER
+    begins = np.flatnonzero(inside[1:] & ~inside[:-1])
+    return [int(id) for id in tokens.ids[: begins[-1] + 1]]
+
+
+def _answer(ids: list[int], ends: set[int], token_bytes: Sequence[bytes]) -> tuple[str, bool]:
+    """The text before the first end, and whether there is one."""
+    end = next((place for place, id in enumerate(ids) if id in ends), None)
+    return b"".join(token_bytes[id] for id in ids[:end]).decode("utf-8", "replace").strip(), end is not None
+
+
+class _Asked:
+    """What the harness's model wants of a request."""
+
+    def __init__(self, args: tuple[str, str]) -> None:
+        self.args = args
+
+
+def _harness_model(model: PreTrainedModel, tokenizer: RecordTokenizer, batch: int) -> Any:
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise InputError("Benchmarks of the harness need lm-eval. Install it: pip install 'distillation-pipeline[eval]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return HFLM(pretrained=model, tokenizer=tokenizer.tokenizer, backend="causal", batch_size=batch, softmax_dtype="float32")

@@ -1,0 +1,30 @@
+"""The teacher's answers to what benchmarks ask and its cache cannot answer: asked once, looked up by every evaluation."""
+
+from typing import Any
+
+from pipeline.cache.reader import Cache
+from pipeline.config import Asked, Machine, Teacher
+from pipeline.files import as_json
+from pipeline.lookup import find
+from pipeline.models.live import LiveModel
+from pipeline.models.loading import device_named, load_teacher
+from pipeline.models.tokenizers import load_tokenizer
+from pipeline.running.answers import Answers
+from pipeline.running.folder import RunFolder
+from pipeline.running.runner import Inputs
+
+
+def run(teacher: Teacher, asked: Asked, machine: Machine, inputs: Inputs, out: RunFolder) -> dict[str, Any]:
+    cache = Cache(inputs["cache-teacher"].file)
+    heldout = [record for record in cache.records("heldout") if not record.choice_of]
+    source = inputs.model(teacher.model, teacher.revision)
+    tokenizer = load_tokenizer(source, teacher.revision, cache.about["template"], teacher.model)
+    model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device_named(machine.device))
+    answers = Answers(out, "teacher")
+    live = LiveModel(model, tokenizer, teacher.model, machine.teacher_batch_records, answers)
+    tasks: dict[str, Any] = {}
+    for entry in asked.benchmarks:
+        tasks |= find("benchmarks", entry.benchmark)(live, heldout, **entry.options()).get("tasks", {})
+    with out.result("answers.json") as file:
+        file.write_text(as_json(answers.known), encoding="utf-8")
+    return {"answers": len(answers.known), "accuracy": {name: figures["accuracy"] for name, figures in tasks.items() if "accuracy" in figures}}
