@@ -176,9 +176,11 @@ def _nearest(wrong: str, right: list[str]) -> str:
 
 
 def _prepare(name: str, task: Any, shots: int | None) -> None:
-    """Set the number of examples and their seed; InputError if the task is none that we can ask."""
+    """Set the number of examples and their seed; InputError, before any model is asked, if the task is none that can be."""
     if task.OUTPUT_TYPE != "multiple_choice" or getattr(task, "MULTIMODAL", False):
         raise _no_choice(name)
+    if "acc" not in task.aggregation() or task.config.process_results or task.multiple_target:
+        raise InputError(f"{name} has several right options a question, or scores in a way of its own; only the harness's `acc` with one right option is supported. Leave it out.")
     if shots is not None and task.config.num_fewshot == 0 and shots:
         raise InputError(f"{name} is asked without examples, by its own definition, and shots is {shots}. Leave `shots` out.")
     if shots is not None:
@@ -204,8 +206,8 @@ def _answered(name: str, task: Any, sample: Mapping[str, Any], about: About) -> 
     right = task.doc_to_text(doc) if task.multiple_input else sample["target"]
     if isinstance(right, str) and right in choices:
         right = choices.index(right)
-    if "acc" not in sample or not isinstance(right, int) or not 0 <= right < len(choices):
-        raise InputError(f"{name}: question {sample['doc_id']} has no right option, or several; only tasks with one, and the harness's `acc`, are supported. Leave it out.")
+    if not isinstance(right, int) or not 0 <= right < len(choices):
+        raise InputError(f"{name}: the right option of question {sample['doc_id']} is {right!r}, and there are {len(choices)}. Ask another `split`, or leave the task out.")
     question, options, specialty = about(task, doc)
     digest = hashlib.sha256(json.dumps([question, list(options), right]).encode()).hexdigest()[:DIGEST]
     return Answered(f"{name}/{sample['doc_id']}", digest, specialty, question, logprobs, int(np.argmax(logprobs)), right, name)

@@ -37,7 +37,7 @@ def questions_of(path: str, splits: Sequence[str], specialties: Collection[str],
     for row in find("datasets", "jsonl")(path=path, fields=FIELDS):
         if row.problem:
             raise InputError(f"{row.where} {row.problem}")
-        split, specialty = row.fields["group"] or asked, row.fields["specialty"]
+        split, specialty = str(row.fields["group"] or asked), str(row.fields["specialty"] or "")
         there[split] += 1
         if split not in found:
             continue
@@ -46,7 +46,7 @@ def questions_of(path: str, splits: Sequence[str], specialties: Collection[str],
         if specialties and specialty not in specialties:
             others[specialty] += split == asked
         else:
-            found[split].append(_question(row, options, context))
+            found[split].append(_question(row, specialty or None, options, context))
     if not there[asked]:
         raise InputError(f"{path} has no row whose split is {asked} (there are: {_counted(there)}). Name one of them with `split`, or give another file.")
     if not found[asked]:
@@ -58,7 +58,7 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} with {count} rows" for name, count in sorted(counts.items()) if count) or "no rows at all"
 
 
-def _question(row: Row, wanted: Sequence[str] | None, has_context: bool) -> Question:
+def _question(row: Row, specialty: str | None, wanted: Sequence[str] | None, has_context: bool) -> Question:
     fields = row.fields
     missing = [FIELDS[key] for key in ("user", "options", "answer_index") if fields[key] is None]
     if missing:
@@ -77,7 +77,7 @@ def _question(row: Row, wanted: Sequence[str] | None, has_context: bool) -> Ques
         raise InputError(f"{row.where} has the options {', '.join(options)}, and this benchmark has {', '.join(wanted)}. Write them so, or use the benchmark multiple_choice.")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
         raise InputError(f"{row.where}: answer_idx is {answer!r}, and there are {len(options)} options. Give the right one's number from 0.")
-    return Question(row.where, text, context, options, answer, fields["specialty"])
+    return Question(row.where, text, context, options, answer, specialty)
 
 
 def _texts(values: Any) -> bool:

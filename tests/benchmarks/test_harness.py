@@ -280,8 +280,8 @@ def test_nothing_is_said_and_nothing_else_is_drawn(tmp_path, capfd):
 
 @pytest.fixture
 def few_tasks(monkeypatch):
-    """To look through all tasks of the harness takes seconds; these are MMLU's and MedQA's."""
-    manager = _harness.TaskManager(include_path=[str(Path(_harness.lm_eval.tasks.__file__).parent / folder) for folder in ("mmlu/default", "medqa", "wikitext")], include_defaults=False)
+    """To look through all tasks of the harness takes seconds; these are of four folders."""
+    manager = _harness.TaskManager(include_path=[str(Path(_harness.lm_eval.tasks.__file__).parent / folder) for folder in ("mmlu/default", "medqa", "wikitext", "truthfulqa")], include_defaults=False)
     monkeypatch.setattr(_harness, "_tasks_in", lambda folder: manager)
 
 
@@ -313,6 +313,17 @@ def test_tasks_that_are_no_choice_are_refused(few_tasks, monkeypatch):
     for method in ("generate_until", "loglikelihood_rolling"):
         with pytest.raises(InputError, match="gsm8k is no multiple-choice task"):
             getattr(_harness._Asked(Model(noise)), method)([request])
+
+
+def test_tasks_that_score_in_a_way_of_their_own_are_refused_before_the_model_is_asked(few_tasks, monkeypatch):
+    targets = {"choices": ["a", "b", "c"], "labels": [1, 1, 0]}
+    docs = datasets.Dataset.from_list([{"question": "Q?", "mc1_targets": targets, "mc2_targets": targets}])
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", lambda **_: datasets.DatasetDict({"validation": docs}))
+    model = Model(noise)
+    with pytest.raises(InputError, match="truthfulqa_mc2 has several right options"):
+        run("harness", model, tasks=["truthfulqa_mc2"])
+    assert not model.asked
+    assert run("harness", model, tasks=["truthfulqa_mc1"])["tasks"]["truthfulqa_mc1"]["questions"] == 1
 
 
 def test_a_name_that_the_harness_does_not_have(few_tasks):
@@ -363,6 +374,7 @@ def changed(**fields: Any) -> Callable[[list[Row]], list[Row]]:
         ("medqa", changed(question="  "), {}, "line 2 must have a text as its question"),
         ("medqa", changed(options="abcd"), {}, "a list of texts as its options"),
         ("medqa", changed(question="half \ud800"), {}, "line 2 must have a text"),
+        ("mmlu_medical", lambda rows: [row | {"specialty": ["anatomy"]} for row in rows], {}, "no question of these specialties"),
         ("mmlu_medical", changed(specialty=...), {}, "line 2 has no specialty"),
         ("mmlu_medical", lambda rows: [row | {"specialty": "Anatomy"} for row in rows], {}, r"no question of these specialties: anatomy, .* \(there are: Anatomy with 16 rows\)"),
         ("mmlu_medical", lambda rows: rows, {"shots": 4}, "mmlu_anatomy has 3 examples in the split dev, and shots is 4"),
