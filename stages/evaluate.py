@@ -28,7 +28,8 @@ from pipeline.models.scoring import CachedTeacher, StudentScorer
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reporting.plots import plot_curves
 from pipeline.reporting.published import published
-from pipeline.reporting.tables import results_table
+from pipeline.reporting.retention_table import retention_table
+from pipeline.reporting.tables import cost_table, results_table, tasks_table
 from pipeline.running.answers import Answers
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
@@ -47,7 +48,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     heldout = [example.record for example in examples if not example.record.choice_of]
     if not heldout:
         raise InputError("The cache has no held-out records to evaluate on. Give data.heldout, or a larger data.heldout.fraction.")
-    theirs = published(inputs.file(evaluation.published.path)) if evaluation.published else None
+    theirs = published(evaluation.published.path) if evaluation.published else None
     students = list(_students(student, inputs))
     out.plan("models", len(students) + 1)
     done = {name: (out.info(name)["figures"], [Row(**row) for row in out.info(name)["rows"]]) for name in out.committed() if name.startswith("figures-")}
@@ -95,7 +96,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     with out.result("records.parquet") as file:
         pq.write_table(as_table(kept, flagged), file, compression="zstd", write_page_checksum=True)
     with out.result("table.md") as file:
-        file.write_text(results_table(results), encoding="utf-8")
+        file.write_text(_tables(results), encoding="utf-8")
     with out.result("curves.png") as file:
         plot_curves(file, metrics, results)
     return results
@@ -115,13 +116,27 @@ def _benchmarked(model: Scorer, live: Live, evaluation: Evaluation, heldout: lis
     for entry in evaluation.benchmarks:
         figures = find("benchmarks", entry.benchmark)(live if entry.live else model, heldout, **entry.options())
         kept += figures.pop(KEPT, [])
-        tasks = results.get("tasks", {}) | figures.pop("tasks", {})
+        tasks = figures.pop("tasks", {})
+        if twice := sorted((tasks.keys() & results.get("tasks", {}).keys()) | (figures.keys() & results.keys())):
+            raise InputError(f"Two entries of evaluation.benchmarks give {twice[0]}, and one would hide the other. Leave one of them out, or evaluate them apart.")
+        tasks = results.get("tasks", {}) | tasks
         results |= figures | ({"tasks": tasks} if tasks else {})
     return results, kept
 
 
 def _with(found: Evaluated, more: dict[str, Any]) -> Evaluated:
     return found[0] | more, found[1]
+
+
+def _tables(results: dict[str, Any]) -> str:
+    models = results["models"]
+    parts = {
+        "": results_table(results),
+        "Questions": tasks_table(models),
+        "What was kept of the teacher": retention_table(results["retention"], results["published"]) if results["retention"] else "",
+        "Cost": cost_table(models),
+    }
+    return "\n".join(f"{f'## {title}' + chr(10) * 2 if title else ''}{text}" for title, text in parts.items() if text)
 
 
 def _groups(models: dict[str, Evaluated]) -> dict[str, list[str]]:
@@ -136,7 +151,7 @@ def _seen(cache: Cache, models: dict[str, Evaluated]) -> dict[tuple[str, str, st
     texts: dict[tuple[str, str, str], dict[str, None]] = {}
     for row in (row for _, rows in models.values() for row in rows):
         texts.setdefault(key_of(row), {})[row.text] = None
-    training = (segment.text for record in cache.records("train") for segment in record.segments)
+    training = (text for record in cache.records("train") for text in (*(segment.text for segment in record.segments), "\n".join(segment.text for segment in record.segments)))
     return dict(zip(texts, seen(["\n".join(parts) for parts in texts.values()], training), strict=True))
 
 

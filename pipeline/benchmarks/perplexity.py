@@ -17,7 +17,5 @@ def perplexity(model: Scorer, heldout: list[Record]) -> dict[str, Any]:
         "bits_per_byte": -logprob / math.log(2) / sum(score.answer_bytes for score in scores),
         "perplexity": math.exp(-logprob / tokens),
         "token_accuracy": None if None in followed else sum(each or 0 for each in followed) / tokens,
-        "records": [
-            row(record, logprob=score.logprob, tokens=score.tokens, answer_bytes=score.answer_bytes, followed=each) for record, score, each in zip(heldout, scores, followed, strict=True)
-        ],
+        "records": [row(record, logprob=score.logprob, tokens=score.tokens, answer_bytes=score.answer_bytes, followed=each) for record, score, each in zip(heldout, scores, followed, strict=True)],
     }

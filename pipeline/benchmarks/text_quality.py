@@ -20,9 +20,10 @@ def text_quality(live: Live, heldout: list[Record], *, records: Positive | None 
     """What the model writes beside the answers that are there: ROUGE-1, -2 and -L (F1, mean over the records, with stems; Lin 2004),
     BLEU and BLEU-1 (of all answers together, 0 to 100; Papineni et al. 2002, Post 2018).
 
-    Of the first so many held-out records that have no options; greedy, until the answer's end or `max_tokens` of the model's own.
+    Of the first so many held-out records that have no options (of all where all have); always the most likely token next, until the
+    answer's end or `max_tokens` of the model's own. rouge-score knows the letters a to z and digits alone.
     """
-    asked = [record for record in heldout if not record.options][:records]
+    asked = ([record for record in heldout if not record.options] or heldout)[:records]
     references = [record.segments[-1].text for record in asked]
     if asked and not any(references):
         raise InputError("text_quality needs the text of the held-out records, and this cache has none (`targets.text: omit`). Leave text_quality out, or make the cache with `text: keep`.")

@@ -64,7 +64,9 @@ class LiveModel:
             found = self._harness.loglikelihood([_Asked(each) for each in asked], disable_tqdm=True)
         for (context, continuation), (logprob, _) in zip(asked, found, strict=True):
             if not np.isfinite(logprob):
-                raise NumericsError(f"{self._name} gives {continuation!r} after {context[-80:]!r} a log-probability that is not finite. Train it with a lower learning rate, or load it with another dtype.")
+                raise NumericsError(
+                    f"{self._name} gives {continuation!r} after {context[-80:]!r} a log-probability that is not finite. Train it with a lower learning rate, or load it with another dtype."
+                )
         return [(float(logprob), bool(greedy)) for logprob, greedy in found]
 
     def _generated(self, prompts: list[list[int]], max_tokens: int) -> list[tuple[str, bool]]:

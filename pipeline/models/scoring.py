@@ -127,9 +127,7 @@ class StudentScorer:
     def _score(self, records: list[Record], rendered: dict[tuple[str, str], Tokens]) -> None:
         tokens = [rendered[_key(record)] for record in records]
         examples = [self._examples.get(_key(record)) for record in records]
-        words = [
-            self._view.projected(example, own, inside=False) if example and self._comparable and not example.record.choice_of else None for example, own in zip(examples, tokens, strict=True)
-        ]
+        words = [self._view.projected(example, own, inside=False) if example and self._comparable and not example.record.choice_of else None for example, own in zip(examples, tokens, strict=True)]
         device = next(self._module.parameters()).device
         batch = make_batch(tokens, words, [1.0] * len(records), self._view.cache.temperatures, 1.0).to(device)
         with torch.inference_mode():

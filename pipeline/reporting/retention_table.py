@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.benchmarks._records import HELDOUT
-from pipeline.reporting.tables import NOTHING, _in_markdown
+from pipeline.reporting.tables import NOTHING, in_markdown
 
 FIGURES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "token_accuracy": "token accuracy", "bits_per_byte": "bits per byte", "perplexity": "perplexity"}
 BASELINES = {"sft": "the student trained without the teacher", "student_before": "the student before training"}
@@ -36,15 +36,15 @@ def retention_table(rows: list[dict[str, Any]], theirs: dict[str, Any] | None = 
                     lines.append(f"| {_title(row)}, {name} | " + " | ".join(cells) + " |")
     for key, figure in figures.items():
         if key not in told:
-            lines.append(f"| {_in_markdown(FIGURES.get(key, key))} | " + " | ".join([*[NOTHING] * (len(titles) - 2), _theirs(figure)]) + " |")
-    return "\n".join(lines) + "\n" + "".join(f"\n{_in_markdown(note)}\n" for note in _notes(rows, theirs))
+            lines.append(f"| {in_markdown(FIGURES.get(key, key))} | " + " | ".join([*[NOTHING] * (len(titles) - 2), _theirs(figure)]) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n{in_markdown(note)}\n" for note in _notes(rows, theirs))
 
 
 def _title(row: dict[str, Any]) -> str:
     if row["figure"] == "accuracy":
-        return _in_markdown(row["task"]) + (" (all questions)" if "tasks" in row else " (questions)" if row["task"] == HELDOUT else "")
+        return in_markdown(row["task"]) + (" (all questions)" if "tasks" in row else " (questions)" if row["task"] == HELDOUT else "")
     name = FIGURES.get(row["figure"], row["figure"]) + (" (lower is better)" if row["better"] == "lower" else "")
-    return _in_markdown(name if row["task"] == HELDOUT else f"{row['task']}, {name}")
+    return in_markdown(name if row["task"] == HELDOUT else f"{row['task']}, {name}")
 
 
 def _their_key(row: dict[str, Any]) -> str:

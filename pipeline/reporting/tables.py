@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 from unicodedata import combining, east_asian_width
@@ -13,6 +13,9 @@ COLUMNS = {
     "top1_agreement": ("top-1 agreement", "{:.3f}"),
     "accuracy": ("accuracy", "{:.3f}"),
     "accuracy_interval": ("95 % interval", "{}"),
+    "token_accuracy": ("token accuracy", "{:.3f}"),
+    "rougeL": ("ROUGE-L", "{:.3f}"),
+    "bleu1": ("BLEU-1", "{:.1f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "peak_memory_mb": ("peak memory (MB)", "{:,.0f}"),
 }
@@ -29,12 +32,58 @@ MARKS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {mark: f"\\{mark}" for mark i
 def results_table(results: dict[str, Any]) -> str:
     """One row a model; what a model was not measured for is a dash."""
     present = {key: column for key, column in COLUMNS.items() if any(key in row for row in results["models"].values())}
-    lines = ["| model | " + " | ".join(title for title, _ in present.values()) + " |", "|---|" + "---:|" * len(present)]
-    for name, row in results["models"].items():
-        lines.append(f"| {name} | " + " | ".join(_cell(row.get(key), form) for key, (_, form) in present.items()) + " |")
+    lines = _table("model", [title for title, _ in present.values()], {name: [_cell(row.get(key), form) for key, (_, form) in present.items()] for name, row in results["models"].items()})
     cache = results["cache"]
     lines += ["", f"Cache: {cache['tokens']:,} tokens, {cache['bytes_per_token']:.0f} bytes per token. Held out: {results['heldout_records']} records."]
+    if seen := results["seen_in_training"]:
+        lines[-1] += f" Of {seen['of']:,} records and questions, {seen['records']:,} have {seen['words']} words in a row in common with the training records."
     return "\n".join(lines) + "\n"
+
+
+def tasks_table(models: Mapping[str, dict[str, Any]]) -> str:
+    """One row a benchmark of questions and model: accuracy, and whether the model knew what it knew. Empty without such benchmarks."""
+    rows = {
+        f"{task} | {name}": figures
+        for task in dict.fromkeys(task for row in models.values() for task in row.get("tasks", {}))
+        for name, row in models.items()
+        if (figures := row.get("tasks", {}).get(task))
+    }
+    cells = {
+        name: [
+            f"{figures['questions']:,}",
+            *(_cell(figures.get(key), "{:.3f}") for key in ("accuracy", "accuracy_interval", "chance", "calibration_error", "brier")),
+            _cell(figures.get("abstaining", {}).get("0.5"), "{:.3f}"),
+        ]
+        for name, figures in rows.items()
+    }
+    titles = ["questions", "accuracy", "95 % interval", "chance", "calibration error", "Brier", "accuracy on the surer half"]
+    return "\n".join(_table("benchmark | model", titles, cells)) + "\n" if cells else ""
+
+
+def cost_table(models: Mapping[str, dict[str, Any]]) -> str:
+    """One row a model; empty where nothing was measured."""
+    costs = {name: row["cost"] for name, row in models.items() if row.get("cost")}
+    if not costs:
+        return ""
+    cells = {}
+    for name, cost in costs.items():
+        one, eight = cost["batches"]["1"], cost["batches"]["8"]
+        cells[name] = [
+            f"{cost['parameters'] / 1e6:,.1f}",
+            f"{cost['weights_mb']:,.1f}",
+            f"{cost['peak_memory_mb']:,.0f}",
+            *(f"{1e3 * batch[key]:,.0f}" for key in ("forward_seconds", "first_token_seconds") for batch in (one, eight)),
+            *(f"{batch['tokens_per_second']:,.1f}" for batch in (one, eight)),
+        ]
+    titles = ["parameters (millions)", "weights (MB)", "peak memory (MB)", "forward pass (ms)", "of 8", "first token (ms)", "of 8", "tokens/s", "of 8"]
+    about = next(iter(costs.values()))
+    note = f"Prompts of {about['prompt_tokens']} tokens, {about['new_tokens']} new ones, one record at a time and 8; medians of 3 rounds. What the teacher costs was measured where it was asked."
+    return "\n".join([*_table("model", titles, cells), "", note]) + "\n"
+
+
+def _table(first: str, titles: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    lines = [f"| {first} | " + " | ".join(titles) + " |", "|---|" + "---|" * first.count("|") + "---:|" * len(titles)]
+    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
 
 
 def comparison_table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
@@ -42,8 +91,8 @@ def comparison_table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) 
     lines = ["| variant | seeds | " + " | ".join(COLUMNS[key][0] for key in QUALITY) + " |", "|---|" + "---:|" * (len(QUALITY) + 1)]
     for row in rows:
         cells = ["<br>".join(_lines(row, key)) for key in QUALITY]
-        lines.append(f"| {_in_markdown(row['variant'])} | {row['seeds']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" + "".join(f"\n{_in_markdown(note)}\n" for note in _legend(rows, notes))
+        lines.append(f"| {in_markdown(row['variant'])} | {row['seeds']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n{in_markdown(note)}\n" for note in _legend(rows, notes))
 
 
 def comparison_text(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
@@ -117,7 +166,7 @@ def printable(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
     """A name cannot end a cell, begin a tag or set other type."""
     return "".join(MARKS.get(letter, letter) for letter in printable(text))
 
