@@ -70,6 +70,7 @@ evaluation:
   benchmarks:
     - {{benchmark: perplexity}}
     - {{benchmark: multiple_choice, path: tiny/choice.jsonl, fields: {{user: question}}}}
+    - {{benchmark: text_quality, max_tokens: 8}}
 machine: {{device: cpu}}
 """.replace("COMMIT", COMMIT)
 """An experiment in which every setting can be changed alone."""
@@ -316,6 +317,12 @@ SETTINGS = [
     setting("evaluation.benchmarks.1.path", "tiny/other.jsonl"),
     setting("evaluation.benchmarks.1.fields.user", "title"),
     setting("evaluation.control", "false"),
+    setting("evaluation.ask_teacher", "false"),
+    setting("evaluation.benchmarks.2.max_tokens", "9", "evaluate-teacher"),
+    setting("evaluation.benchmarks.2.records", "5", "evaluate-teacher"),
+    *(setting(f"evaluation.benchmarks.2.{option}", value, "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: mmlu_medical}",)) for option, value in (("shots", "1"), ("limit", "9"), ("split", "dev"))),
+    setting("evaluation.benchmarks.2.tasks.0", "arc_hard", "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: harness, tasks: [arc_easy]}",)),
+    setting("evaluation.published.path", "tiny/other.jsonl", given=("evaluation.published={path: tiny/choice.jsonl}",)),
 ]
 
 
@@ -429,6 +436,10 @@ def outcome(rich_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return of
 
 
+SECTIONS = {"student_tokenizer": "student", "asked": "evaluation"}
+"""What a section that is in no YAML is made from."""
+
+
 def upstream(stage: str) -> set[str]:
     """It and all that it builds on."""
     (found,) = (each for each in STAGES if each.name == stage)
@@ -448,12 +459,13 @@ def wrong_keys(mutation: Mutation, before: dict[str, str], after: dict[str, str]
 def names_at(mutation: Mutation, stage: str) -> set[str]:
     """What must be said to differ of a stage: what it or what it builds on reads."""
     above = [each for each in STAGES if each.name in upstream(stage)]
-    known = {section.removesuffix("_tokenizer") for each in above for section in each.reads} | {each.folder for each in above}
+    known = {SECTIONS.get(section, section) for each in above for section in each.reads} | {each.folder for each in above}
     return {name for name in mutation.names if name.partition(".")[0] in known}
 
 
 def as_in_the_yaml(said: list[str]) -> set[str]:
-    """The section student_tokenizer is made from the section student."""
+    """The section student_tokenizer is made from the section student, and asked from evaluation: from its third benchmark on."""
+    said = [re.sub(r"^asked\.benchmarks\.(\d+)", lambda found: f"evaluation.benchmarks.{int(found[1]) + 2}", name) for name in said]
     return {re.sub(r"^student_tokenizer\.", "student.", name).replace("student.tokenizer", "student.model") for name in said}
 
 
@@ -565,7 +577,7 @@ def test_control_a_new_setting_without_a_mutation_is_caught():
 
 
 def test_every_setting_is_in_some_section_that_a_stage_reads():
-    read = {section for stage in STAGES for section in stage.reads} | {"student_tokenizer"}
+    read = {section for stage in STAGES for section in stage.reads} | {"student_tokenizer", "asked"}
     assert set(Experiment.model_fields) - read == {"name", "machine"}
 
 
@@ -595,6 +607,7 @@ FORGETFUL: dict[str, tuple[Callable[[Identity], str], str]] = {
     "student": (without_section("student"), "student.layers.1"),
     "training": (without_section("training"), "training.seed"),
     "evaluation": (without_section("evaluation"), "evaluation.benchmarks.1.path"),
+    "asked": (without_section("asked"), "evaluation.benchmarks.2.records"),
     "the version": (lambda identity: fingerprint(identity | {"version": 0}), "version of train-student"),
     "what a stage is built on": (lambda identity: fingerprint(identity | {"needs": {}}), "teacher.dtype"),
     "what a file contains": (by_name_alone, "one byte of train.jsonl"),
@@ -622,7 +635,7 @@ def test_control_each_section_that_a_stage_reads_is_left_out_once():
 def test_control_a_stage_that_takes_in_too_much_is_caught(here: Path):
     greedy = tuple(replace(stage, reads=(*stage.reads, "training")) if stage.name == "cache-teacher" else stage for stage in STAGES)
     seed = mutation_named("training.seed")
-    assert wrong_keys(seed, keys_of(runner_of(of=greedy)), keys_of(runner_of(*seed.changes, of=greedy))) == {"cache-teacher", "fit-projection"}
+    assert wrong_keys(seed, keys_of(runner_of(of=greedy)), keys_of(runner_of(*seed.changes, of=greedy))) == {"cache-teacher", "fit-projection", "evaluate-teacher"}
 
 
 def own_sections_only(one: Identity, other: Identity) -> list[str]:
@@ -649,7 +662,7 @@ def test_pipeline_status_and_the_refusal_say_it_on_the_command_line(here: Path):
     finish(runner_of())
     place = Place(here)
     told = place.pipeline("status", "rich.yaml", "--set", "teacher.quantization=int8", "--set", "training.seed=3")
-    assert re.findall("differs in (.*)", told) == ["teacher.quantization"] * 2 + ["teacher.quantization, training.seed"] * 3
+    assert re.findall("differs in (.*)", told) == ["teacher.quantization"] * 2 + ["teacher.quantization, training.seed"] * 2 + ["teacher.quantization", "teacher.quantization, training.seed"]
     refused = place.pipeline("train-student", "rich.yaml", "--set", "teacher.quantization=int8", status=2)
     assert "differs in: teacher.quantization.)" in refused
     assert "Run `pipeline cache-teacher`" in refused
@@ -772,6 +785,7 @@ OTHER_MACHINE = {
     "numerics": "strict",
     "gradient_checkpointing": "true",
     "checkpoint_steps": "1",
+    "measure_cost": "false",
 }
 
 
