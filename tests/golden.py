@@ -27,7 +27,7 @@ VARIANTS = {
     ],
     "sampled": ["targets.logits={method: sampled, keep: 20}", "training.objective=[{loss: forward_kl}]", "training.temperature=1.0"],
 }
-MEASURED = ("tokens_per_second", "peak_memory_mb", "seconds")
+MEASURED = ("tokens_per_second", "peak_memory_mb", "seconds", "cost")
 
 
 def digests(root: Path = ROOT) -> dict[str, Any]:

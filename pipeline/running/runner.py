@@ -158,6 +158,7 @@ class Runner:
                     raise NotFinished(
                         f"{name} needs {need.name}, which has not finished for this experiment.{self._hint(need)}\n"
                         f"Run `pipeline {need.name}` with the same file first, or give a finished folder with --use {need.name}=FOLDER."
+                        + (" Without the teacher: `--set evaluation.ask_teacher=false`." if need.if_live else "")
                     )
                 self.run(need.name)
         is_main = is_main_process()

@@ -320,7 +320,10 @@ SETTINGS = [
     setting("evaluation.ask_teacher", "false"),
     setting("evaluation.benchmarks.2.max_tokens", "9", "evaluate-teacher"),
     setting("evaluation.benchmarks.2.records", "5", "evaluate-teacher"),
-    *(setting(f"evaluation.benchmarks.2.{option}", value, "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: mmlu_medical}",)) for option, value in (("shots", "1"), ("limit", "9"), ("split", "dev"))),
+    *(
+        setting(f"evaluation.benchmarks.2.{option}", value, "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: mmlu_medical}",))
+        for option, value in (("shots", "1"), ("limit", "9"), ("split", "dev"))
+    ),
     setting("evaluation.benchmarks.2.tasks.0", "arc_hard", "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: harness, tasks: [arc_easy]}",)),
     setting("evaluation.published.path", "tiny/other.jsonl", given=("evaluation.published={path: tiny/choice.jsonl}",)),
 ]
