@@ -32,7 +32,7 @@ RUN pip install --constraint constraints.txt torch \
 COPY pyproject.toml README.md ./
 COPY pipeline pipeline
 COPY stages stages
-RUN pip install --constraint constraints.txt . \
+RUN pip install --constraint constraints.txt '.[eval]' \
     && python -m compileall -q /opt/venv/lib/python3.12/site-packages/pipeline /opt/venv/lib/python3.12/site-packages/stages
 
 # no root at run time, and nothing outside /data and /tmp is written: any other --user works as well

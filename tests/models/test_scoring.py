@@ -54,9 +54,9 @@ def test_a_student_beside_the_teacher_is_what_a_dense_loop_gives(done: Place):
     edges = [np.quantile(entropies.astype(np.float64), n / 10) for n in range(1, 10)]
     decile_of, compared_positions = set(), 0
     by_record = {example.record.id: example for example in examples}
-    for record, score in zip(records, scores, strict=True):
-        example = by_record[record.id]
-        tokens = tokenizer.render(record)
+    for one, score in zip(records, scores, strict=True):
+        example = by_record[one.id]
+        tokens = tokenizer.render(one)
         word = view.projected(example, tokens, inside=False)
         with torch.inference_mode():
             logprobs = model(torch.tensor(tokens.ids.astype(np.int64))[None]).logits[0, :, : len(tokenizer.vocabulary)].double().log_softmax(-1).numpy()
