@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.running.fingerprint import fingerprint
 from tests.conftest import CONFIG, Place
 from tests.golden import _without_measured
 from tests.test_reliability import killed_after
@@ -97,6 +98,34 @@ def test_the_table_has_a_row_of_each(evaluated: Place):
     table = (evaluated.path / "runs" / "tiny" / "table.md").read_text()
     for said in ("## Questions", "mmlu_medical | distilled", "## What was kept of the teacher", "| mmlu\\_anatomy |", "ROUGE-L", "## Cost", "| distilled |"):
         assert said in table, said
+
+
+def test_the_harness_itself_says_the_same_of_the_students_folder(evaluated: Place, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from pipeline.benchmarks.mmlu_medical import mmlu_medical
+
+    folder = next(manifest.parent / "student" for manifest in (evaluated.path / "runs" / "train-student").glob("*/manifest.json") if manifest.parent.name == runs_of(evaluated)["train-student"])
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+
+    class Itself:
+        def loglikelihoods(self, asked: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+            return theirs.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked], disable_tqdm=True)
+
+    monkeypatch.chdir(evaluated.path)
+    found = mmlu_medical(Itself(), [], path="questions.jsonl")
+    mine = results["models"]["distilled"]["tasks"]["mmlu_medical"]
+    assert found["tasks"]["mmlu_medical"]["prompts"] == mine["prompts"]
+    assert found["tasks"]["mmlu_medical"]["accuracy"] == mine["accuracy"]
+    assert found["tasks"]["mmlu_medical"]["brier"] == pytest.approx(mine["brier"], abs=1e-6)
+    assert results["models"]["sft"]["tasks"]["mmlu_medical"]["brier"] != pytest.approx(mine["brier"], abs=1e-4)  # control: another model does not
+
+
+def runs_of(place: Place) -> dict[str, str]:
+    """By stage, the fingerprint of what the evaluation is built on."""
+    (manifest,) = (place.path / "runs" / "evaluate").glob("*/manifest.json")
+    return {stage: fingerprint(identity) for stage, identity in json.loads(manifest.read_text())["identity"]["needs"].items()}
 
 
 def without_measured(place: Path) -> Any:
