@@ -69,12 +69,14 @@ class _Runs:
         self._ends = np.cumsum([0, *map(len, starts)])
         begins = np.concatenate([np.zeros(0, np.int64), *starts])
         generator = np.random.default_rng(0)
-        while True:  # until no two runs that differ share a hash: once
+        for _ in range(8):  # until no two runs that differ share a hash: once
             self._factors = generator.integers(0, 1 << 63, length, np.uint64) * np.uint64(2) + np.uint64(1)
             self._hashes, first, self._which = np.unique(self._hash(self._words)[begins], return_index=True, return_inverse=True)
             self._first = begins[first]
             if all(np.array_equal(self._words[begins + place], self._words[self._first[self._which] + place]) for place in range(length)):
                 break
+        else:
+            raise AssertionError("runs of words that differ share hashes, whatever they are multiplied by")
         self._found = np.zeros(len(self._hashes), bool)
 
     def look_for(self, words: np.ndarray) -> None:
