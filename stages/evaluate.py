@@ -1,5 +1,6 @@
 """Teacher, student before training, control and distilled student, on the held-out split and on benchmarks."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -85,6 +86,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
         "seen_in_training": None if flagged is None else {"words": WORDS, "records": sum(flagged.values()), "of": len(flagged)},
         "cache": {"tokens": tokens, "bytes_per_token": cached.size(SHARD_FILES) / tokens},
         "heldout_records": len(heldout),
+        "heldout_digest": f"sha256:{hashlib.sha256(as_json([[record.id, record.digest()] for record in heldout]).encode()).hexdigest()}",
         "versions": {name: _version(name) for name in LIBRARIES},
         "seeds": {"train-student": _seed(inputs, "train-student"), "train-control": _seed(inputs, "train-control"), "bootstrap": 0, "resamples": RESAMPLES},
     }

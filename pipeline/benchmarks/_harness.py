@@ -58,11 +58,17 @@ class Benchmark:
     context: bool = False
     """Whether a question has a text that it is about."""
 
-    def measure(self, live: Live, *, path: str | None, split: str | None, shots: int, limit: int | None) -> dict[str, Any]:
-        """Figures and rows (see `measured`), and in a file how many questions are left out as of other subjects."""
+    def measure(self, live: Live, *, path: str | None, revision: str | None, split: str | None, shots: int, limit: int | None) -> dict[str, Any]:
+        """Figures and rows (see `measured`), and in a file how many questions are left out as of other subjects.
+
+        revision: the commit of the hub's questions; None: the newest.
+        """
+        if path is not None and revision is not None:
+            raise InputError(f"{self.name}: `revision` is a commit on the hub, and with `path` the questions are a file's. Leave one of them out.")
         # where a split is named, that of the examples is, too, so that the harness shows no question as its own example
         other = {} if split is None else {"test_split": split, "fewshot_split": self.examples}
-        members: list[dict[str, Any]] = [{"task": task, **other} for task in self.tasks]
+        pinned: dict[str, Any] = {} if revision is None else {"dataset_kwargs": {"revision": revision}}
+        members: list[dict[str, Any]] = [{"task": task, **other, **pinned} for task in self.tasks]
         ignored = 0
         if path is not None:
             splits = (split or self.split, *([self.examples] if shots else []))

@@ -3,7 +3,7 @@ from typing import Any
 from pipeline.benchmarks._harness import Benchmark
 from pipeline.benchmarks._local import Question
 from pipeline.benchmarks._scores import Live
-from pipeline.options import Count, Positive
+from pipeline.options import Commit, Count, Positive
 from pipeline.signals.records import Record
 
 OPTIONS = ("ending0", "ending1", "ending2", "ending3")
@@ -24,6 +24,6 @@ MEDQA = Benchmark(
 )
 
 
-def medqa(live: Live, heldout: list[Record], *, path: str | None = None, split: str | None = None, shots: Count = 0, limit: Positive | None = None) -> dict[str, Any]:
+def medqa(live: Live, heldout: list[Record], *, path: str | None = None, revision: Commit | None = None, split: str | None = None, shots: Count = 0, limit: Positive | None = None) -> dict[str, Any]:
     """Accuracy on MedQA (Jin et al. 2021), questions of the United States' licensing examination, with four options. path: a local file instead of the hub."""
-    return MEDQA.measure(live, path=path, split=split, shots=shots, limit=limit)
+    return MEDQA.measure(live, path=path, revision=revision, split=split, shots=shots, limit=limit)

@@ -2,7 +2,7 @@ from typing import Any
 
 from pipeline.benchmarks._harness import Benchmark
 from pipeline.benchmarks._scores import Live
-from pipeline.options import Count, Positive
+from pipeline.options import Commit, Count, Positive
 from pipeline.signals.records import Record
 
 SUBJECTS = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "nutrition", "professional_medicine", "virology")
@@ -17,9 +17,11 @@ MMLU = Benchmark(
 )
 
 
-def mmlu_medical(live: Live, heldout: list[Record], *, path: str | None = None, split: str | None = None, shots: Count = 0, limit: Positive | None = None) -> dict[str, Any]:
+def mmlu_medical(
+    live: Live, heldout: list[Record], *, path: str | None = None, revision: Commit | None = None, split: str | None = None, shots: Count = 0, limit: Positive | None = None
+) -> dict[str, Any]:
     """Accuracy on the eight medical subjects of MMLU (Hendrycks et al. 2021), over all questions and as the mean of the subjects.
 
     path: a local file instead of the hub, where a question's subject is its specialty; those of other subjects are left out.
     """
-    return MMLU.measure(live, path=path, split=split, shots=shots, limit=limit)
+    return MMLU.measure(live, path=path, revision=revision, split=split, shots=shots, limit=limit)

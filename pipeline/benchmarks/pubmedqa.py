@@ -3,7 +3,7 @@ from typing import Any
 from pipeline.benchmarks._harness import Benchmark
 from pipeline.benchmarks._local import Question
 from pipeline.benchmarks._scores import Live
-from pipeline.options import Count, Positive
+from pipeline.options import Commit, Count, Positive
 from pipeline.signals.records import Record
 
 OPTIONS = ("yes", "no", "maybe")
@@ -26,9 +26,11 @@ PUBMEDQA = Benchmark(
 )
 
 
-def pubmedqa(live: Live, heldout: list[Record], *, path: str | None = None, split: str | None = None, shots: Count = 0, limit: Positive | None = None) -> dict[str, Any]:
+def pubmedqa(
+    live: Live, heldout: list[Record], *, path: str | None = None, revision: Commit | None = None, split: str | None = None, shots: Count = 0, limit: Positive | None = None
+) -> dict[str, Any]:
     """Accuracy on PubMedQA (Jin et al. 2019): whether an abstract answers a question with yes, no or maybe. path: a local file instead of the hub.
 
     The hub's copy is a loading script, which datasets 4 and later do not run: with these, only a local file will do.
     """
-    return PUBMEDQA.measure(live, path=path, split=split, shots=shots, limit=limit)
+    return PUBMEDQA.measure(live, path=path, revision=revision, split=split, shots=shots, limit=limit)

@@ -1,3 +1,5 @@
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +47,7 @@ def text_quality(live: Live, heldout: list[Record], *, records: Positive | None 
             "ended": sum(ended for _, _, (_, ended) in answered) / len(answered),
             "words": sum(len(text.split()) for text in texts) / len(texts),
             "max_tokens": max_tokens,
+            "prompts": f"sha256:{hashlib.sha256(json.dumps([record.question_digest() for record, _, _ in answered]).encode()).hexdigest()}",
             "bleu_signature": signature,
         },
         "records": [row(record, generated=text, ended=ended, **score) for (record, _, (text, ended)), score in zip(answered, scores, strict=True)],

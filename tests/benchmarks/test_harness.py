@@ -415,3 +415,20 @@ def test_no_number_and_another_accuracy_than_the_harness_has_are_errors(tmp_path
     monkeypatch.setattr(_harness, "evaluate", other)
     with pytest.raises(Disagreement, match="medqa_4options: lm-evaluation-harness"):
         figures("medqa", noise, tmp_path, rows)
+
+
+def test_a_commit_of_the_hub_is_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, loaded = questions("medqa"), []
+    fill_hub(monkeypatch, rows)
+    inner = _harness.lm_eval.api.task.datasets.load_dataset
+
+    def load(path, name=None, revision=None, **options):
+        loaded.append(revision)
+        return inner(path, name, **options)
+
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", load)
+    run("medqa", Model(noise), revision="a" * 40)
+    run("medqa", Model(noise))
+    assert loaded == ["a" * 40, None]
+    with pytest.raises(InputError, match="Leave one of them out"):
+        run("medqa", Model(noise), revision="a" * 40, path=written(tmp_path, rows))
