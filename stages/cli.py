@@ -189,7 +189,13 @@ def _write(place: Path, contents: dict[str, str | bytes]) -> None:
 
 @main.command()
 @click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FOLDER...")
-@click.option("--sort", metavar="FIGURE", default="kl_to_teacher", show_default=True, help="What the best is first by: kl_to_teacher, bits_per_byte, top1_agreement, accuracy; or variant: by name.")
+@click.option(
+    "--sort",
+    metavar="FIGURE",
+    default="kl_to_teacher",
+    show_default=True,
+    help="What the best is first by: kl_to_teacher, bits_per_byte, top1_agreement, accuracy; where there are such token_accuracy, rougeL, or a benchmark's name; or variant: by name.",
+)
 @click.option("--baseline", metavar="NAME", help="The row that the others' differences are from.  [default: the first variant of the first folder]")
 @click.option("--format", "form", type=click.Choice(["text", "markdown", "csv", "json"]), default="text", show_default=True, help="What is printed.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Also write comparison.md, .csv, .json and .png there.")

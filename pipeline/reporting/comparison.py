@@ -1,34 +1,45 @@
 """Several evaluations side by side: of each model the mean and the spread over seeds, 95 % intervals, and how far it is from one of them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.benchmarks._bootstrap import interval, over_seeds, resampled
+from pipeline.benchmarks._records import HELDOUT
 from pipeline.errors import InputError
 from pipeline.lookup import nearest
-from pipeline.reporting.tables import QUALITY
+from pipeline.reporting.tables import ABOUT, QUALITY, figures_in
 
 DISTILLED, CONTROL, BEFORE, TEACHER = "distilled", "sft", "student_before", "teacher"
 NAMES = {CONTROL: "without the teacher", BEFORE: "student before training", TEACHER: "teacher"}
-RISES = {"top1_agreement", "accuracy"}
-"""Figures of which the higher is the better."""
+FALLS = {"kl_to_teacher", "bits_per_byte"}
+"""Figures of which the lower is the better."""
+FURTHER = ("token_accuracy", "rougeL")
+"""Figures of the held-out texts that are shown where some evaluation has them."""
+OF_HELDOUT = "multiple_choice"
+"""The benchmark of questions whose accuracy is one of QUALITY."""
 Columns = Mapping[str, np.ndarray]
+Id = tuple[str, str, str]
+"""Task, record and digest: records are the same where all three agree."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """What an evaluation has kept of each record, for one model."""
 
-    ids: list[tuple[str, str]]
-    """Id and digest."""
+    ids: list[Id]
     specialties: list[str | None]
     columns: Columns  # float64 [records] each; NaN where there is nothing
 
-    def sums(self, key: str) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray] | None:
+    def of(self, tasks: Collection[str]) -> "Kept":
+        """The records of these tasks alone."""
+        rows = [row for row, (task, _, _) in enumerate(self.ids) if task in tasks]
+        return Kept([self.ids[row] for row in rows], [self.specialties[row] for row in rows], {name: values[rows] for name, values in self.columns.items()})
+
+    def sums(self, key: str) -> tuple[list[Id], np.ndarray, np.ndarray] | None:
         """The records that a figure is over, and of each the part that it adds to either side of the fraction; None if there are none."""
         over, under = PARTS[key](self.columns)
         there = np.isfinite(over) & np.isfinite(under)
@@ -42,6 +53,8 @@ PARTS: dict[str, Callable[[Columns], tuple[np.ndarray, np.ndarray]]] = {
     "bits_per_byte": lambda of: (-of["logprob"] / math.log(2), of["answer_bytes"]),
     "top1_agreement": lambda of: (of["agreeing"], of["aligned"]),
     "accuracy": lambda of: (of["right"], np.ones(len(of["right"]))),
+    "token_accuracy": lambda of: (of["followed"], of["tokens"]),
+    "rougeL": lambda of: (of["rougeL"], np.ones(len(of["rougeL"]))),
 }
 """Each figure as a fraction of two sums over records."""
 
@@ -75,6 +88,20 @@ class Sample:
     @property
     def seed(self) -> int | None:
         return self.of.seed
+
+    def figure(self, key: str) -> float | None:
+        """One of PARTS over the held-out records; otherwise a benchmark's accuracy."""
+        return self.figures.get(key) if key in PARTS else self.task(key).get("accuracy")
+
+    def task(self, name: str) -> dict[str, Any]:
+        """A benchmark's figures; empty if it was not asked."""
+        return dict(self.figures.get("tasks", {}).get(name, {}))
+
+    def sums(self, key: str) -> tuple[list[Id], np.ndarray, np.ndarray] | None:
+        """As `Kept.sums`, of what `figure` is over; None where that is not known."""
+        if self.kept is None or self.figure(key) is None:
+            return None
+        return self.kept.of({HELDOUT}).sums(key) if key in PARTS else self.kept.of(self.task(key).get("subtasks", {})).sums("accuracy")
 
 
 @dataclass(frozen=True)
@@ -124,16 +151,18 @@ def variant_names(found: Sequence[Evaluated]) -> dict[str, str]:
 def compared(rows: Sequence[Row], baseline: str | None = None, sort: str = "kl_to_teacher") -> list[dict[str, Any]]:
     """Of each row and figure mean, lowest, highest, deviation over seeds, interval, and the difference from the baseline; the best first.
 
-    baseline: a row's name; None: the first. sort: a figure or `variant`.
+    The figures are QUALITY, and behind them those of FURTHER and the benchmarks of questions that some row has. baseline: a row's
+    name; None: the first. sort: a figure or `variant`.
     """
-    if sort not in (*QUALITY, "variant"):
-        raise InputError(f"--sort {sort}: there is no such figure; {nearest(sort, [*QUALITY, 'variant'])}")
+    keys = _keys(rows)
+    if sort not in (*keys, "variant"):
+        raise InputError(f"--sort {sort}: there is no such figure; {nearest(sort, [*keys, 'variant'])}")
     by_name = {row.name: row for row in rows}
     if baseline is not None and baseline not in by_name:
         raise InputError(f"--baseline {baseline}: no row has that name; {nearest(baseline, list(by_name))}")
     base = by_name[baseline] if baseline is not None else rows[0]
     told: list[dict[str, Any]] = [{"variant": row.name, "model": row.model, "seeds": len(row.samples), "baseline": row is base} for row in rows]
-    for key in QUALITY:
+    for key in keys:
         drawn = _Draws(rows, key)
         for row, one in zip(rows, told, strict=True):
             one[key] = _figure(row, base, key, drawn)
@@ -142,7 +171,7 @@ def compared(rows: Sequence[Row], baseline: str | None = None, sort: str = "kl_t
 
 def figures(row: Row, key: str) -> list[float]:
     """Over the seeds."""
-    return [sample.figures[key] for sample in row.samples if sample.figures.get(key) is not None]
+    return [value for sample in row.samples if (value := sample.figure(key)) is not None]
 
 
 def notes(found: Sequence[Evaluated], told: Sequence[dict[str, Any]]) -> list[str]:
@@ -155,11 +184,15 @@ def notes(found: Sequence[Evaluated], told: Sequence[dict[str, Any]]) -> list[st
         if len({one.runs[stage] for one in found if stage in one.runs}) > 1:
             said.append(f"The KL and the agreement are with the targets of different {what} here, and can differ by that alone. Bits per byte and accuracy cannot.")
             break
-    differing = [one[key]["difference"] for one in told for key in QUALITY if one[key] and one[key]["difference"]]
+    keys = figures_in(told)
+    for task in keys:
+        if len({prompts for one in found for model in one.models.values() if (prompts := model.get("tasks", {}).get(task, {}).get("prompts"))}) > 1:
+            said.append(f"{task} was not put in the same way everywhere: its prompts differ (other shots, other questions, or another version of the harness).")
+    differing = [one[key]["difference"] for one in told for key in keys if one[key] and one[key]["difference"]]
     if any(difference["interval"] and not difference["paired"] for difference in differing):
         said.append("Where the records are not those of the baseline, a difference is not paired: its interval is wider than it would be on the same records.")
     most = max((one["seeds"] for one in told), default=0)
-    if any(one[key] and one[key]["interval"] for one in told for key in QUALITY):
+    if any(one[key] and one[key]["interval"] for one in told for key in keys):
         if most < 2:
             said.append("With one seed an interval says what other held-out records could have changed, and nothing of other seeds.")
         elif most < 5:
@@ -172,10 +205,9 @@ class _Draws:
 
     def __init__(self, rows: Iterable[Row], key: str) -> None:
         self._drawn: dict[int, tuple[int, np.ndarray]] = {}
-        sets: dict[frozenset[tuple[str, str]], list[tuple[int, list[tuple[str, str]], np.ndarray, np.ndarray]]] = {}
+        sets: dict[frozenset[Id], list[tuple[int, list[Id], np.ndarray, np.ndarray]]] = {}
         for sample in [sample for row in rows for sample in row.samples]:
-            parts = sample.kept.sums(key) if sample.kept and sample.figures.get(key) is not None else None
-            if parts:
+            if parts := sample.sums(key):
                 sets.setdefault(frozenset(parts[0]), []).append((id(sample), *parts))
         for stream, members in enumerate(sets.values()):
             order = {record: place for place, record in enumerate(members[0][1])}
@@ -224,11 +256,21 @@ def _untaken(name: str, taken: set[str]) -> str:
 
 
 def _told_apart(model: str, one: Evaluated) -> str:
+    """The same where the model is the same and was asked the same."""
+    figures = one.models[model]
+    asked = [f"{key} {figures.get('tasks', {}).get(key, {}).get('prompts', '')}" for key in _keys([Row("", model, [Sample(one, figures, None)])])[len(QUALITY) :]]
     stage = {DISTILLED: "train-student", CONTROL: "train-control"}.get(model)
     if stage in one.runs:
-        return one.runs[stage]
-    said = [one.models[model].get(key) for key in QUALITY]
-    return " ".join("" if value is None else f"{value:.4g}" for value in said)  # the last digits may be the device's
+        return " ".join([one.runs[stage], *asked])
+    said = [figures.get(key) for key in QUALITY]
+    return " ".join(["" if value is None else f"{value:.4g}" for value in said] + asked)  # the last digits may be the device's
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    """The figures that these rows have."""
+    samples = [sample for row in rows for sample in row.samples]
+    tasks = dict.fromkeys(task for sample in samples for task in sample.figures.get("tasks", {}) if task not in {OF_HELDOUT, *ABOUT, *PARTS})
+    return [*QUALITY, *(key for key in (*FURTHER, *tasks) if any(sample.figure(key) is not None for sample in samples))]
 
 
 def _in_order(samples: dict[str, Sample]) -> list[Sample]:
@@ -243,4 +285,4 @@ def _place(one: dict[str, Any], sort: str) -> tuple[bool, float, str]:
     if sort == "variant":
         return False, 0.0, one["variant"]
     mean = one[sort]["mean"] if one[sort] else 0.0
-    return one[sort] is None, -mean if sort in RISES else mean, ""
+    return one[sort] is None, mean if sort in FALLS else -mean, ""

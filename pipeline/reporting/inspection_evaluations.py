@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
-from pipeline.benchmarks._records import COLUMNS, RECORDS
+from pipeline.benchmarks._records import COLUMNS, HELDOUT, RECORDS
 from pipeline.cache.reader import decoding, read_table
 from pipeline.errors import DamageError, InputError
 from pipeline.files import read_json, sha256_of
@@ -16,9 +18,12 @@ from pipeline.reporting.comparison import DISTILLED, Evaluated, Kept
 from pipeline.running.fingerprint import Identity, fingerprint
 from pipeline.running.folder import FinishedFolder
 
-STAGES = {"train-student": "train-student", "train-control": "train-student", "cache-teacher": "cache-teacher", "fit-projection": "fit-projection"}
+STAGES = {name: name for name in ("train-student", "cache-teacher", "fit-projection", "evaluate-teacher")} | {"train-control": "train-student"}
 """What an evaluation is built on, and in which folder it lies."""
 RESULTS, KEPT = "results.json", "records.parquet"
+FIRST = ("model", "record", "digest", "specialty", "logprob", "tokens", "answer_bytes", "kl", "agreeing", "aligned", "chosen", "answer", "right")
+"""The columns of format 1: of the held-out records alone."""
+NUMBERS = [name for name in COLUMNS if not pa.types.is_string(RECORDS.field(name).type)]
 
 
 @dataclass(frozen=True)
@@ -103,18 +108,26 @@ def _results(file: Path) -> dict[str, Any]:
 
 def _checked(results: Any, file: Path) -> dict[str, Any]:
     models = results.get("models") if isinstance(results, dict) else None
-    if not isinstance(models, dict) or DISTILLED not in models or not all(isinstance(figures, dict) for figures in models.values()):
+    if not isinstance(models, dict) or DISTILLED not in models or not all(isinstance(figures, dict) and _are_tasks(figures.get("tasks", {})) for figures in models.values()):
         raise DamageError(f"{file} has no students in it: it is not what `pipeline evaluate` writes. Evaluate again.")
     return dict(results)
 
 
+def _are_tasks(tasks: Any) -> bool:
+    return isinstance(tasks, dict) and all(isinstance(figures, dict) for figures in tasks.values())
+
+
 def _kept(file: Path) -> dict[str, Kept]:
-    table = read_table(file, RECORDS)
+    with decoding(file):
+        first = "task" not in pq.read_schema(file).names
+    table = read_table(file, pa.schema([RECORDS.field(name) for name in FIRST]) if first else RECORDS)
     with decoding(file):
         model = np.array(table["model"].to_pylist())
-        ids = list(zip(table["record"].to_pylist(), table["digest"].to_pylist(), strict=True))
+        tasks = [HELDOUT] * len(table) if first else table["task"].to_pylist()
+        ids = list(zip(tasks, table["record"].to_pylist(), table["digest"].to_pylist(), strict=True))
         specialties = table["specialty"].to_pylist()
-        columns = {name: np.array([np.nan if value is None else float(value) for value in table[name].to_pylist()]) for name in COLUMNS}
+        nothing = np.full(len(table), np.nan)
+        columns = {name: table[name].cast(pa.float64()).to_numpy() if name in table.column_names else nothing for name in NUMBERS}
     return {str(name): Kept(*_rows_at(np.flatnonzero(model == name), ids, specialties, columns)) for name in dict.fromkeys(model.tolist())}
 
 

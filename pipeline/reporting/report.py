@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline.benchmarks._records import HELDOUT
 from pipeline.files import read_json_lines
 from pipeline.reporting import report_plots as plots
-from pipeline.reporting.comparison import CONTROL, DISTILLED, PARTS, TEACHER, Kept, Row, variant_names
-from pipeline.reporting.comparison import figures as over_seeds
+from pipeline.reporting.comparison import CONTROL, DISTILLED, OF_HELDOUT, PARTS, TEACHER, Kept, Row, variant_names
 from pipeline.reporting.inspection_evaluations import Found
 from pipeline.reporting.report_plots import Bar, Look
-from pipeline.reporting.tables import COLUMNS, NOTHING, QUALITY
+from pipeline.reporting.retention_table import retention_parts
+from pipeline.reporting.tables import COLUMNS, COST, NOTHING, QUESTIONS, cost_cells, cost_note, figures_in, seen_note, title
 
 SHARES = {
     "kl_to_teacher": ("closeness", "exp(−KL): the share of the teacher's probability that the model gives what the teacher expects, in the geometric mean"),
@@ -42,10 +43,12 @@ def report(found: Sequence[Found], rows: Sequence[Row], told: Sequence[dict[str,
     looks = dict(zip([row.name for row in ordered], plots.looks([(row.name, row.model) for row in ordered]), strict=True))
     shown = [(row, looks[row.name]) for row in ordered]
     sections = [
-        ("results", "Results", _results(told, looks, notes)),
+        ("results", "Results", _results(told, looks, [*notes, *_seen(found)])),
         ("benchmarks", "Figures with their intervals", _benchmarks(told, looks)),
         ("training", "Training", _training(found, shown)),
-        ("retention", "What is kept of the teacher", _retention(told, looks)),
+        ("retention", "What is kept of the teacher", _retention(told, looks) + _task_by_task(found)),
+        ("questions", "Benchmarks of questions", _questions(shown, told)),
+        ("fidelity", "Where the model is near its teacher", _fidelity(shown)),
         ("calibration", "Calibration", _calibration(shown)),
         ("specialties", "By specialty", _specialties(shown)),
         ("cost", "Cost", _cost(found, shown)),
@@ -53,11 +56,11 @@ def report(found: Sequence[Found], rows: Sequence[Row], told: Sequence[dict[str,
         ("versions", "Versions", _versions(found)),
         ("folders", "Made from", _folders(found)),
     ]
-    title = f"{', '.join(list(dict.fromkeys(variant_names([one.evaluated for one in found]).values()))[:3])}: evaluation"
-    contents = " ".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in sections)
-    body = "\n".join(f'<section id="{key}"><h2>{escape(heading)}</h2>\n{text}\n</section>' for key, heading, text in sections)
+    heading = f"{', '.join(list(dict.fromkeys(variant_names([one.evaluated for one in found]).values()))[:3])}: evaluation"
+    contents = " ".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, _ in sections)
+    body = "\n".join(f'<section id="{key}"><h2>{escape(name)}</h2>\n{text}\n</section>' for key, name, text in sections)
     page = files("pipeline.reporting").joinpath("report.html").read_text(encoding="utf-8")
-    parts = {"title": escape(title), "contents": contents, "body": body}
+    parts = {"title": escape(heading), "contents": contents, "body": body}
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
@@ -75,8 +78,9 @@ def picture(told: Sequence[dict[str, Any]]) -> bytes:
 
 def _results(told: Sequence[dict[str, Any]], looks: dict[str, Look], notes: Sequence[str]) -> str:
     base = next(one["variant"] for one in told if one["baseline"])
-    head = ["", "model", "seeds", *(COLUMNS[key][0] for key in QUALITY)]
-    lines = [[_swatch(looks[one["variant"]]), escape(one["variant"]), str(one["seeds"]), *(_result(one[key]) for key in QUALITY)] for one in told]
+    keys = figures_in(told)
+    head = ["", "model", "seeds", *map(title, keys)]
+    lines = [[_swatch(looks[one["variant"]]), escape(one["variant"]), str(one["seeds"]), *(_result(one[key]) for key in keys)] for one in told]
     legend = f"Mean and, below it, lowest to highest seed; 95 % interval in brackets; difference from {base} with its interval, bold where that excludes 0."
     return _table(head, lines, left=2) + _paragraphs([legend, *notes])
 
@@ -99,10 +103,10 @@ def _result(figure: dict[str, Any] | None) -> str:
 def _panels(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> list[tuple[str, list[Bar]]]:
     """A panel a figure that some row has."""
     panels = []
-    for key in QUALITY:
+    for key in figures_in(told):
         having = [one for one in told if one[key]]
         if having:
-            panels.append((COLUMNS[key][0], [Bar(looks[one["variant"]], one[key]["mean"], one[key]["interval"] and tuple(one[key]["interval"]), one[key]["values"]) for one in having]))
+            panels.append((title(key), [Bar(looks[one["variant"]], one[key]["mean"], one[key]["interval"] and tuple(one[key]["interval"]), one[key]["values"]) for one in having]))
     return panels
 
 
@@ -116,10 +120,10 @@ def _differences(told: Sequence[dict[str, Any]], looks: dict[str, Look]) -> str:
     """Of the trained students: beside an untrained one they would all look alike."""
     base = next(one for one in told if one["baseline"])
     panels = []
-    for key in QUALITY:
+    for key in figures_in(told):
         found = [(looks[one["variant"]], one[key]["difference"]) for one in told if one["model"] in STAGE_OF and one[key] and (one[key]["difference"] or {}).get("interval")]
         if found:
-            panels.append((COLUMNS[key][0], [Bar(look, difference["mean"], tuple(difference["interval"]), []) for look, difference in found]))
+            panels.append((title(key), [Bar(look, difference["mean"], tuple(difference["interval"]), []) for look, difference in found]))
     if not panels:
         return ""
     with plots.style("differences"):
@@ -179,12 +183,91 @@ def _share(key: str, value: float, teacher: float) -> float:
     return value / teacher
 
 
+def _task_by_task(found: Sequence[Found]) -> str:
+    """The table of each evaluation, the first one open."""
+    names = variant_names([one.evaluated for one in found])
+    tables: list[str] = []
+    for one in found:
+        if rows := one.results.get("retention"):
+            table = retention_parts(rows, one.results.get("published"))
+            seed = "" if one.evaluated.seed is None else f", seed {one.evaluated.seed}"
+            cells = _table(table.titles, [[escape(cell) for cell in line] for line in table.lines]) + _paragraphs(table.notes)
+            tables.append(f"<details{'' if tables else ' open'}><summary>{escape(names[one.evaluated.group])}{seed}</summary>{cells}</details>")
+    return "<h3>Task by task</h3>" + ("".join(tables) or _paragraphs(["These evaluations are of a version that did not compare the models task by task."]))
+
+
+def _questions(shown: Sequence[tuple[Row, Look]], told: Sequence[dict[str, Any]]) -> str:
+    """A table a benchmark, and one of its subtasks where it has several."""
+    by_name = {one["variant"]: one for one in told}
+    parts = []
+    for task in dict.fromkeys(task for row, _ in shown for sample in row.samples for task in sample.figures.get("tasks", {})):
+        asked = [(row, look, [each for sample in row.samples if (each := sample.task(task)).get("accuracy") is not None]) for row, look in shown]
+        asked = [(row, look, seeds) for row, look, seeds in asked if seeds]
+        if not asked:
+            continue
+        lines = []
+        for row, look, seeds in asked:
+            key = "accuracy" if task == OF_HELDOUT else task
+            interval = (by_name[row.name].get(key) or {}).get("interval") or (seeds[0]["accuracy_interval"] if len(seeds) == 1 else None)
+            means = [_mean([each.get(figure) for each in seeds]) for figure in ("chance", "calibration_error", "brier")]
+            means.append(_mean([each.get("abstaining", {}).get("0.5") for each in seeds]))
+            accuracy = [_number(_mean([each["accuracy"] for each in seeds])), f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else NOTHING]
+            lines.append([_swatch(look), escape(row.name), f"{seeds[0]['questions']:,}", *accuracy, *map(_number, means)])
+        parts.append(f"<h3>{escape(task)}</h3>" + _table(["", "model", *QUESTIONS], lines, left=2) + _subtasks(asked))
+    if not parts:
+        return _paragraphs(["These evaluations asked none, or are of a version that had none."])
+    said = ["Chance: one over the number of options. Calibration error and Brier score are of the chosen and of all options' probabilities; both are 0 at best."]
+    said.append("The surer half: the questions whose chosen option the model gives the highest probability. Of several seeds the mean.")
+    return "".join(parts) + _paragraphs(said)
+
+
+def _subtasks(asked: Sequence[tuple[Row, Look, Sequence[dict[str, Any]]]]) -> str:
+    """The accuracy on each, if there are several."""
+    names = list(dict.fromkeys(name for _, _, seeds in asked for each in seeds for name in each.get("subtasks", {})))
+    if len(names) < 2:
+        return ""
+    lines = []
+    for name in names:
+        found = [[each["subtasks"][name] for each in seeds if name in each.get("subtasks", {})] for _, _, seeds in asked]
+        questions = next(of[0]["questions"] for of in found if of)
+        lines.append([escape(name), f"{questions:,}", *(_number(_mean([each["accuracy"] for each in of])) for of in found)])
+    means = [_number(_mean([each.get("mean_of_subtasks") for each in seeds])) for _, _, seeds in asked]
+    lines.append(["<b>each counting the same</b>", "", *means])
+    return _table(["subtask", "questions", *(look.letter for _, look, _ in asked)], lines)
+
+
+def _fidelity(shown: Sequence[tuple[Row, Look]]) -> str:
+    """By decile of the teacher's entropy and by position in the answer; the teacher itself has no line."""
+    having = [(row, look, [sample.figures["fidelity"] for sample in row.samples if sample.figures.get("fidelity")]) for row, look in shown if row.model != TEACHER]
+    having = [(row, look, seeds) for row, look, seeds in having if seeds]
+    if not having:
+        return _paragraphs(["These evaluations did not measure it: `evaluation.benchmarks` lacks `fidelity`, or they are of a version before it."])
+    deciles = max(len(seed["by_entropy"]) for _, _, seeds in having for seed in seeds)
+    begins = sorted({part["from"] for _, _, seeds in having for seed in seeds for part in seed["by_position"]})
+    panels = []
+    for below, places, at in (
+        ("decile of the teacher's entropy, from sure to unsure", [str(decile + 1) for decile in range(deciles)], lambda seed: dict(enumerate(seed["by_entropy"]))),
+        ("position in the answer", [f"{begin:,}" if not begin else f"{begin:,}–{2 * begin:,}" for begin in begins], lambda seed: {begins.index(part["from"]): part for part in seed["by_position"]}),
+    ):
+        for key in ("kl_to_teacher", "top1_agreement"):
+            of_rows = [(look, [_mean([at(seed).get(place, {}).get(key) for seed in seeds]) for place in range(len(places))]) for _, look, seeds in having]
+            panels.append((title(key), below, places, of_rows))
+    with plots.style("fidelity"):
+        drawn = _drawn(plots.lines(panels), "fidelity", "KL and agreement by the teacher's entropy and by the position in the answer")
+    keys = ("total_variation", "top5_agreement", "confidence_correlation")
+    lines = [[_swatch(look), escape(row.name), *(_number(_mean([sample.figures.get(key) for sample in row.samples])) for key in keys)] for row, look, _ in having]
+    said = ["The first decile is the tenth of the held-out answers' positions at which the teacher is surest of what comes next. Of several seeds the mean."]
+    said.append("Total variation: half the sum of what the probabilities differ by. Top-5: the share of the teacher's 5 most likely tokens that are among the model's.")
+    said.append("Confidence: how the probabilities that the two give to what they hold to be the most likely go together (Pearson).")
+    return _key([look for _, look, _ in having]) + drawn + _table(["", "model", "total variation", "top-5 agreement", "correlation of confidence"], lines, left=2) + _paragraphs(said)
+
+
 def _calibration(shown: Sequence[tuple[Row, Look]]) -> str:
     rows = []
     for row, look in shown:
         bins = [np.array(sample.figures["calibration"]) for sample in row.samples if sample.figures.get("calibration")]
         if bins:
-            rows.append((look, np.sum(bins, 0), float(np.mean(over_seeds(row, "calibration_error")))))
+            rows.append((look, np.sum(bins, 0), _mean([sample.figures.get("calibration_error") for sample in row.samples]) or 0.0))
     if not rows:
         return _paragraphs(["These evaluations did not measure it: `evaluation.benchmarks` lacks `calibration`, or they are of a version before it."])
     with plots.style("reliability"):
@@ -195,7 +278,7 @@ def _calibration(shown: Sequence[tuple[Row, Look]]) -> str:
 
 
 def _specialties(shown: Sequence[tuple[Row, Look]]) -> str:
-    kept = [(row, look, [sample.kept for sample in row.samples if sample.kept]) for row, look in shown if all(sample.kept for sample in row.samples)]
+    kept = [(row, look, [sample.kept.of({HELDOUT}) for sample in row.samples if sample.kept]) for row, look in shown if all(sample.kept for sample in row.samples)]
     if not kept:
         return _paragraphs(["These evaluations are of a version that kept no figures of single records."])
     counts = Counter(specialty or UNNAMED for specialty in kept[0][2][0].specialties)
@@ -270,11 +353,36 @@ def _cost(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
         parts.append("<h3>The teacher, once</h3>" + _table(["cache", "forward passes", "tokens", "size", "bytes per token", "peak memory"], caches.values()))
     if lines:
         parts.append("<h3>Each student</h3>" + _table(["", "model", "seeds", "training time", "steps", "parameters", "peak memory"], lines, left=2))
+    if measured := [(row, look, cost) for row, look in shown if (cost := _mean_cost([sample.figures["cost"] for sample in row.samples if sample.figures.get("cost")]))]:
+        parts.append("<h3>In use</h3>" + _table(["", "model", *COST], [[_swatch(look), escape(row.name), *cost_cells(cost)] for row, look, cost in measured], left=2))
+        parts.append(_paragraphs([f"{cost_note(measured[0][2])} Of several seeds the mean."]))
     said = ["The teacher's time is that of its forward passes, summed over shards and machines, without loading."]
     said.append("The students' is wall-clock time, over all sittings as far as checkpoints were kept.")
     if sittings:
         said.append("Students of an older version: the time of the last sitting.")
     return "".join(parts) + _paragraphs(said if parts else ["These folders say nothing of it."])
+
+
+def _mean_cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Number by number; empty of none."""
+    if not costs:
+        return {}
+    batches = {batch: {key: float(np.mean([cost["batches"][batch][key] for cost in costs])) for key in figures} for batch, figures in costs[0]["batches"].items()}
+    return costs[0] | {key: float(np.mean([cost[key] for cost in costs])) for key in ("parameters", "weights_mb", "peak_memory_mb")} | {"batches": batches}
+
+
+def _seen(found: Sequence[Found]) -> list[str]:
+    """How many of the evaluated records the training records have, as sentences: one, or one a variant where these differ."""
+    names = variant_names([one.evaluated for one in found])
+    said: dict[str, list[str]] = {}
+    for one in found:
+        if "seen_in_training" in one.results:
+            told = one.results["seen_in_training"]
+            text = seen_note(told) if told else "Whether the training records have some of the evaluated ones is not known: the cache keeps no text."
+            variants = said.setdefault(text, [])
+            if (name := names[one.evaluated.group]) not in variants:
+                variants.append(name)
+    return list(said) if len(said) < 2 else [f"{', '.join(variants)}: {text}" for text, variants in said.items()]
 
 
 def _settings(found: Sequence[Found], looks: dict[str, Look]) -> str:
@@ -306,7 +414,7 @@ def _versions(found: Sequence[Found]) -> str:
             runs.setdefault(stage, {})[str(run.path)] = run.manifest["machine"]
     if not runs:
         return _paragraphs(["These folders say nothing of them."])
-    stages = [stage for stage in ("cache-teacher", "fit-projection", "train-student", "train-control", "evaluate") if stage in runs]
+    stages = [stage for stage in ("cache-teacher", "fit-projection", "train-student", "train-control", "evaluate-teacher", "evaluate") if stage in runs]
     what: dict[str, dict[str, list[str]]] = {}
     for stage in stages:
         for machine in runs[stage].values():
@@ -335,6 +443,16 @@ def _folders(found: Sequence[Found]) -> str:
 
 
 # --- what they are made of ---
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
 
 
 def _runs(found: Sequence[Found], row: Row) -> list[Any]:

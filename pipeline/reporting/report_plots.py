@@ -151,6 +151,31 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[Look, Sequence[tuple[np.nd
     return figure
 
 
+def lines(panels: Sequence[tuple[str, str, Sequence[str], Sequence[tuple[Look, Sequence[float | None]]]]]) -> Figure:
+    """Two panels beside each other, a line a row. panels: title, what stands below, its places, and of each row the value at each place."""
+    figure = Figure(figsize=(9.6, 3.1 * ceil(len(panels) / 2)), layout="constrained")
+    axes = figure.subplots(ceil(len(panels) / 2), 2, squeeze=False).ravel()
+    for axis, (title, below, places, rows) in zip(axes, panels, strict=False):
+        ends = []
+        for look, values in rows:
+            known = [(place, value) for place, value in enumerate(values) if value is not None]
+            if known:
+                axis.plot(*zip(*known, strict=True), color=look.colour, linestyle=look.dashes, linewidth=1.4, marker="o", markersize=3)
+                ends.append((look, known[-1][1]))
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel(below, fontsize=8.5)
+        crowded = sum(map(len, places)) > 50
+        axis.set_xticks(range(len(places)), places, rotation=35 if crowded else 0, ha="right" if crowded else "center")
+        axis.set_xlim(-0.3, len(places) - 0.7)
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.grid(linewidth=0.6)
+        if ends:
+            _letters_at_the_end(axis, ends)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    return figure
+
+
 def radar(titles: Sequence[str], rows: Sequence[tuple[Look, Sequence[float]]]) -> Figure:
     """A spoke a figure, a line a row; the circle at 1 is the teacher. Bars where two spokes or one would make no area."""
     if len(titles) < 3:

@@ -1,5 +1,6 @@
 """What the student kept of its teacher, as a table, if you like beside what others have published."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.benchmarks._records import HELDOUT
@@ -11,8 +12,27 @@ SMALLEST = 0.001
 """A p below is not written out."""
 
 
+@dataclass(frozen=True)
+class RetentionTable:
+    """As plain text."""
+
+    titles: list[str]
+    lines: list[list[str]]
+    """The first cell is the name."""
+    notes: list[str]
+    """What a reader has to know."""
+
+
 def retention_table(rows: list[dict[str, Any]], theirs: dict[str, Any] | None = None) -> str:
-    """As Markdown, one row a task or figure, those on seen records below it, and what a reader has to know as notes.
+    """`retention_parts` as Markdown, the notes below the table."""
+    table = retention_parts(rows, theirs)
+    lines = ["| " + " | ".join(table.titles) + " |", "|---|" + "---:|" * (len(table.titles) - 1)]
+    lines += [f"| {in_markdown(name)} | " + " | ".join(cell.replace("<", "&lt;") for cell in cells) + " |" for name, *cells in table.lines]
+    return "\n".join(lines) + "\n" + "".join(f"\n{in_markdown(note)}\n" for note in table.notes)
+
+
+def retention_parts(rows: list[dict[str, Any]], theirs: dict[str, Any] | None = None) -> RetentionTable:
+    """One row a task or figure, those on seen records below it.
 
     rows: what `benchmarks._retention.retention` gives. theirs: what `published` gives; what only they have comes last.
     """
@@ -20,7 +40,7 @@ def retention_table(rows: list[dict[str, Any]], theirs: dict[str, Any] | None = 
     if theirs:
         titles.append("theirs: teacher / baseline / student (retention)")
     figures = theirs["figures"] if theirs else {}
-    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    lines: list[list[str]] = []
     told: set[str] = set()
     for row in rows:
         key = _their_key(row)
@@ -28,23 +48,23 @@ def retention_table(rows: list[dict[str, Any]], theirs: dict[str, Any] | None = 
         told.add(key)
         cells = [f"{row['records']:,}", *(_number(row[model]) for model in ("teacher", "baseline", "student"))]
         cells += [_with_interval(row["retention"], "{:.3f}"), _with_interval(row["student_minus_baseline"], "{:+.3f}", marked=True), _p(row), *beside]
-        lines.append(f"| {_title(row)} | " + " | ".join(cells) + " |")
+        lines.append([_title(row), *cells])
         if row["seen"]:
             for part, name in ((row["not_seen"], "not in the training records"), (row["seen"], "in the training records")):
                 if part:
                     cells = [f"{part['records']:,}", *(_number(part[model]) for model in ("teacher", "baseline", "student", "retention")), *[NOTHING] * (len(titles) - 6)]
-                    lines.append(f"| {_title(row)}, {name} | " + " | ".join(cells) + " |")
+                    lines.append([f"{_title(row)}, {name}", *cells])
     for key, figure in figures.items():
         if key not in told:
-            lines.append(f"| {in_markdown(FIGURES.get(key, key))} | " + " | ".join([*[NOTHING] * (len(titles) - 2), _theirs(figure)]) + " |")
-    return "\n".join(lines) + "\n" + "".join(f"\n{in_markdown(note)}\n" for note in _notes(rows, theirs))
+            lines.append([FIGURES.get(key, key), *[NOTHING] * (len(titles) - 2), _theirs(figure)])
+    return RetentionTable(titles, lines, _notes(rows, theirs))
 
 
 def _title(row: dict[str, Any]) -> str:
     if row["figure"] == "accuracy":
-        return in_markdown(row["task"]) + (" (all questions)" if "tasks" in row else " (questions)" if row["task"] == HELDOUT else "")
+        return str(row["task"]) + (" (all questions)" if "tasks" in row else " (questions)" if row["task"] == HELDOUT else "")
     name = FIGURES.get(row["figure"], row["figure"]) + (" (lower is better)" if row["better"] == "lower" else "")
-    return in_markdown(name if row["task"] == HELDOUT else f"{row['task']}, {name}")
+    return name if row["task"] == HELDOUT else f"{row['task']}, {name}"
 
 
 def _their_key(row: dict[str, Any]) -> str:
@@ -72,7 +92,7 @@ def _p(row: dict[str, Any]) -> str:
     found = row["mcnemar"] and row["mcnemar"]["baseline"]
     if not found:
         return NOTHING
-    return f"&lt;{SMALLEST}" if found["p"] < SMALLEST else f"{found['p']:.3f}"
+    return f"<{SMALLEST}" if found["p"] < SMALLEST else f"{found['p']:.3f}"
 
 
 def _theirs(figure: dict[str, Any] | None) -> str:

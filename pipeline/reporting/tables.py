@@ -22,6 +22,10 @@ COLUMNS = {
 
 
 QUALITY = ("kl_to_teacher", "bits_per_byte", "top1_agreement", "accuracy")
+ABOUT = ("variant", "model", "seeds", "baseline")
+"""What a row of a comparison has beside its figures."""
+QUESTIONS = ("questions", "accuracy", "95 % interval", "chance", "calibration error", "Brier", "accuracy on the surer half")
+COST = ("parameters (millions)", "weights (MB)", "peak memory (MB)", "forward pass (ms)", "of 8", "first token (ms)", "of 8", "tokens/s", "of 8")
 SPREAD = ("mean", "lowest", "highest", "deviation")
 NOTHING = "–"
 NAME = 36
@@ -36,7 +40,7 @@ def results_table(results: dict[str, Any]) -> str:
     cache = results["cache"]
     lines += ["", f"Cache: {cache['tokens']:,} tokens, {cache['bytes_per_token']:.0f} bytes per token. Held out: {results['heldout_records']} records."]
     if seen := results["seen_in_training"]:
-        lines[-1] += f" Of {seen['of']:,} records and questions, {seen['records']:,} have {seen['words']} words in a row in common with the training records."
+        lines[-1] += f" {seen_note(seen)}"
     return "\n".join(lines) + "\n"
 
 
@@ -56,8 +60,7 @@ def tasks_table(models: Mapping[str, dict[str, Any]]) -> str:
         ]
         for name, figures in rows.items()
     }
-    titles = ["questions", "accuracy", "95 % interval", "chance", "calibration error", "Brier", "accuracy on the surer half"]
-    return "\n".join(_table("benchmark | model", titles, cells)) + "\n" if cells else ""
+    return "\n".join(_table("benchmark | model", QUESTIONS, cells)) + "\n" if cells else ""
 
 
 def cost_table(models: Mapping[str, dict[str, Any]]) -> str:
@@ -65,20 +68,29 @@ def cost_table(models: Mapping[str, dict[str, Any]]) -> str:
     costs = {name: row["cost"] for name, row in models.items() if row.get("cost")}
     if not costs:
         return ""
-    cells = {}
-    for name, cost in costs.items():
-        one, eight = cost["batches"]["1"], cost["batches"]["8"]
-        cells[name] = [
-            f"{cost['parameters'] / 1e6:,.1f}",
-            f"{cost['weights_mb']:,.1f}",
-            f"{cost['peak_memory_mb']:,.0f}",
-            *(f"{1e3 * batch[key]:,.0f}" for key in ("forward_seconds", "first_token_seconds") for batch in (one, eight)),
-            *(f"{batch['tokens_per_second']:,.1f}" for batch in (one, eight)),
-        ]
-    titles = ["parameters (millions)", "weights (MB)", "peak memory (MB)", "forward pass (ms)", "of 8", "first token (ms)", "of 8", "tokens/s", "of 8"]
-    about = next(iter(costs.values()))
-    note = f"Prompts of {about['prompt_tokens']} tokens, {about['new_tokens']} new ones, one record at a time and 8; medians of 3 rounds. What the teacher costs was measured where it was asked."
-    return "\n".join([*_table("model", titles, cells), "", note]) + "\n"
+    cells = {name: cost_cells(cost) for name, cost in costs.items()}
+    return "\n".join([*_table("model", COST, cells), "", cost_note(next(iter(costs.values())))]) + "\n"
+
+
+def cost_cells(cost: dict[str, Any]) -> list[str]:
+    """Under COST. cost: what `models.cost` gives."""
+    batches = cost["batches"]["1"], cost["batches"]["8"]
+    return [
+        f"{cost['parameters'] / 1e6:,.1f}",
+        f"{cost['weights_mb']:,.1f}",
+        f"{cost['peak_memory_mb']:,.0f}",
+        *(f"{1e3 * batch[key]:,.0f}" for key in ("forward_seconds", "first_token_seconds") for batch in batches),
+        *(f"{batch['tokens_per_second']:,.1f}" for batch in batches),
+    ]
+
+
+def cost_note(cost: dict[str, Any]) -> str:
+    return f"Prompts of {cost['prompt_tokens']} tokens, {cost['new_tokens']} new ones, one record at a time and 8; medians of 3 rounds. What the teacher costs was measured where it was asked."
+
+
+def seen_note(seen: dict[str, Any]) -> str:
+    """seen: `seen_in_training` of results.json."""
+    return f"Of {seen['of']:,} records and questions, {seen['records']:,} have {seen['words']} words in a row in common with the training records."
 
 
 def _table(first: str, titles: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
@@ -86,20 +98,32 @@ def _table(first: str, titles: Sequence[str], rows: Mapping[str, Sequence[str]])
     return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
 
 
+def figures_in(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a comparison's rows have figures of: QUALITY, and what some evaluation has beyond."""
+    return [*QUALITY, *(key for key in (rows[0] if rows else {}) if key not in (*QUALITY, *ABOUT))]
+
+
+def title(key: str) -> str:
+    """A benchmark of questions is called what it is called."""
+    return COLUMNS[key][0] if key in COLUMNS else key
+
+
 def comparison_table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
     """As Markdown. rows: what `comparison.compared` gives."""
-    lines = ["| variant | seeds | " + " | ".join(COLUMNS[key][0] for key in QUALITY) + " |", "|---|" + "---:|" * (len(QUALITY) + 1)]
+    keys = figures_in(rows)
+    lines = ["| variant | seeds | " + " | ".join(in_markdown(title(key)) for key in keys) + " |", "|---|" + "---:|" * (len(keys) + 1)]
     for row in rows:
-        cells = ["<br>".join(_lines(row, key)) for key in QUALITY]
+        cells = ["<br>".join(_lines(row, key)) for key in keys]
         lines.append(f"| {in_markdown(row['variant'])} | {row['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" + "".join(f"\n{in_markdown(note)}\n" for note in _legend(rows, notes))
 
 
 def comparison_text(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
     """In aligned columns."""
-    cells = [[["variant"], ["seeds"], *([COLUMNS[key][0]] for key in QUALITY)]]
-    cells += [[wrap(printable(row["variant"]), NAME) or [""], [str(row["seeds"])], *(_lines(row, key) for key in QUALITY)] for row in rows]
-    widths = [max(_width(line) for row in cells for line in row[column]) for column in range(len(QUALITY) + 2)]
+    keys = figures_in(rows)
+    cells = [[["variant"], ["seeds"], *([printable(title(key))] for key in keys)]]
+    cells += [[wrap(printable(row["variant"]), NAME) or [""], [str(row["seeds"])], *(_lines(row, key) for key in keys)] for row in rows]
+    widths = [max(_width(line) for row in cells for line in row[column]) for column in range(len(keys) + 2)]
     lines = []
     for row in cells:
         for n in range(max(map(len, row))):
@@ -111,13 +135,14 @@ def comparison_text(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -
 
 def comparison_csv(rows: Sequence[dict[str, Any]]) -> str:
     """One line a row of the table."""
+    keys = figures_in(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ends = ("interval_low", "interval_high", "difference", "difference_low", "difference_high", "difference_paired")
-    writer.writerow(["variant", "seeds", *(f"{key}_{what}" for key in QUALITY for what in (*SPREAD, *ends)), "model", "baseline"])
+    writer.writerow(["variant", "seeds", *(f"{printable(key)}_{what}" for key in keys for what in (*SPREAD, *ends)), "model", "baseline"])
     for row in rows:
         values: list[Any] = []
-        for key in QUALITY:
+        for key in keys:
             figure = row[key] or {}
             difference = figure.get("difference") or {}
             values += [figure.get(what) for what in SPREAD]
@@ -144,12 +169,13 @@ def _lines(row: dict[str, Any], key: str) -> list[str]:
 
 
 def _legend(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> list[str]:
-    shown = [row[key] for row in rows for key in QUALITY if row[key]]
+    shown = [row[key] for row in rows for key in figures_in(rows) if row[key]]
+    questions = ", of a benchmark over its questions" if any(key not in COLUMNS for key in figures_in(rows)) else ""
     said = []
     if any(figure["lowest"] < figure["highest"] for figure in shown):
         said.append("(lowest–highest over the seeds)")
     if any(figure["interval"] for figure in shown):
-        said.append("[95 % interval: bootstrap over the held-out records, and over the seeds where there are several]")
+        said.append(f"[95 % interval: bootstrap over the held-out records{questions}, and over the seeds where there are several]")
     if any(figure["difference"] and figure["difference"]["interval"] for figure in shown):
         base = next(row["variant"] for row in rows if row["baseline"])
         said.append(f"+ or -: the difference from {base}; * its interval excludes 0")

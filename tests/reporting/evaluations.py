@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.benchmarks._records import as_table
+from pipeline.benchmarks._questions import Answered, figures_of, rows_of
+from pipeline.benchmarks._records import RECORDS, as_table, key_of, row
+from pipeline.benchmarks._retention import retention
 from pipeline.files import as_json
 from pipeline.running.fingerprint import fingerprint
 from pipeline.running.folder import FinishedFolder, RunFolder
@@ -17,6 +20,10 @@ from pipeline.signals.records import Record, Segment
 MACHINE = {"python": "3.11.7", "platform": "Linux", "processors": 2, "versions": {"torch": "2.13.0", "bitsandbytes": None}, "settings": {}, "seconds": 12.5}
 TEACHER = {"teacher": 0.0, "student_before": 4.0}
 """Model -> its KL to the teacher."""
+SUBJECTS = {"mmlu_anatomy": 12, "mmlu_virology": 8}
+"""Task of the benchmark mmlu_medical -> its questions."""
+FIRST = ("model", "record", "digest", "specialty", "logprob", "tokens", "answer_bytes", "kl", "agreeing", "aligned", "chosen", "answer", "right")
+"""The columns of format 1."""
 
 
 def evaluated(
@@ -31,8 +38,16 @@ def evaluated(
     cache: str = "a",
     kept: bool = True,
     steps: int = 30,
+    further: bool = False,
+    published: dict[str, Any] | None = None,
+    prompts: str = "sha256:0",
+    subjects: dict[str, int] = SUBJECTS,
 ) -> Path:
-    """The folder of one evaluation; those with the same records have the same difficulties. kept: as new versions do, each record's figures."""
+    """The folder of one evaluation; those with the same records have the same difficulties.
+
+    kept: each record's figures. further: as from format 2 on, with all that came with it (questions of `subjects`, what was
+    generated, fidelity by place, cost, retention); otherwise format 1.
+    """
     asked = [
         Record(f"r{i}", (Segment("user", f"{cache} {i}?"), Segment("assistant", "yes")), specialty=specialties[i % len(specialties)], options=("yes", "no"), answer_index=0) for i in range(records)
     ]
@@ -55,19 +70,17 @@ def evaluated(
         logprob = -np.log(2) * (1 + shares) * 3
         right = own.random(records) < 0.25 + 0.5 * np.exp(-shares)
         rows[model] = [
-            (
+            row(
                 record,
-                {
-                    "logprob": logprob[i],
-                    "tokens": 4,
-                    "answer_bytes": 3,
-                    "kl": kls[i],
-                    "agreeing": int(agreeing[i]),
-                    "aligned": int(aligned[i]),
-                    "chosen": int(not right[i]),
-                    "answer": 0,
-                    "right": bool(right[i]),
-                },
+                logprob=logprob[i],
+                tokens=4,
+                answer_bytes=3,
+                kl=kls[i],
+                agreeing=int(agreeing[i]),
+                aligned=int(aligned[i]),
+                chosen=int(not right[i]),
+                answer=0,
+                right=bool(right[i]),
             )
             for i, record in enumerate(asked)
         ]
@@ -86,17 +99,61 @@ def evaluated(
             "tokens_per_second": 1000.0,
             "peak_memory_mb": 500.0,
         }
+        if further:
+            own = np.random.default_rng([99, len(model), seed, int(1000 * mean)])
+            models[model] |= _further(rows[model], mean, own, prompts, subjects)
     identity = _identity("evaluate", {"student": {"layers": [0]}, "evaluation": {"control": control is not None}}, needs | students)
     results = {"models": models, "cache": {"tokens": 50_000, "bytes_per_token": 46.5}, "heldout_records": records}
+    if further:
+        seen = {key_of(one): number < 3 for number, one in enumerate(rows["distilled"])}
+        results |= {"retention": retention(rows, {"mmlu_medical": list(subjects)}, seen), "published": published, "seen_in_training": {"words": 13, "records": 3, "of": len(seen)}}
     out = RunFolder(runs / "evaluate" / fingerprint(identity))
     with out.result("results.json") as file:
         file.write_text(as_json(results), encoding="utf-8")
     if kept:
         with out.result("records.parquet") as file:
-            pq.write_table(as_table(rows), file)
+            pq.write_table(as_table(rows, seen) if further else pa.table(as_table(rows).select(FIRST), pa.schema([RECORDS.field(name) for name in FIRST], {"format": "1"})), file)
     out.seal("evaluate", fingerprint(identity), identity, roots, results, MACHINE)
     out.close()
     return out.path
+
+
+def _further(rows: list[Any], mean: float, own: np.random.Generator, prompts: str, subjects: dict[str, int]) -> dict[str, Any]:
+    """The figures of a model, whose rows get what belongs to them."""
+    heldout = list(rows)
+    for one in heldout:
+        one.columns.update(
+            followed=int(own.integers(0, 5)), total_variation=1.0, top_agreeing=0.5, generated="one <b>", ended=True, rouge1=0.5, rouge2=0.25, rougeL=float(own.random()), confidence=0.75
+        )
+    answered = {
+        task: [Answered(f"{task}/{n}", "d", task, f"{task} {n}?", np.log(own.dirichlet(np.ones(4))).tolist(), int(n % 4 != 0 and own.random() < 0.2 + 0.1 * mean), 0, task) for n in range(questions)]
+        for task, questions in subjects.items()
+    }
+    every = [one for questions in answered.values() for one in questions]
+    rows += rows_of(every)
+    subtasks = {task: figures_of(questions) for task, questions in answered.items()}
+
+    def near(place: int) -> dict[str, Any]:
+        return {"kl_to_teacher": mean * (place + 1) / 5, "total_variation": 0.1 * mean, "top1_agreement": 1 / (1 + mean), "top5_agreement": 0.5, "positions": 40}
+
+    batch = {"forward_seconds": 0.002, "first_token_seconds": 0.0125, "tokens_per_second": 1234.5 - 100 * mean}
+    return {
+        "token_accuracy": sum(one.columns["followed"] for one in heldout) / sum(one.columns["tokens"] for one in heldout),
+        "rougeL": sum(one.columns["rougeL"] for one in heldout) / len(heldout),
+        "total_variation": 0.1 * mean,
+        "top5_agreement": 0.5,
+        "confidence_correlation": None if mean else 1.0,
+        "fidelity": {
+            "by_specialty": {},
+            "by_entropy": [near(decile) if decile else dict.fromkeys(near(0)) | {"positions": 0} for decile in range(10)],
+            "by_position": [near(octave) | {"from": 2**octave - 1} for octave in range(5)],
+        },
+        "tasks": {
+            "multiple_choice": figures_of([Answered("r", "d", None, "", [0.0, -1.0], int(not one.columns["right"]), 0) for one in heldout]),
+            "mmlu_medical": figures_of(every) | {"mean_of_subtasks": float(np.mean([figures["accuracy"] for figures in subtasks.values()])), "subtasks": subtasks, "prompts": prompts},
+        },
+        "cost": {"parameters": 31_000_000, "weights_mb": 62.5, "peak_memory_mb": 700.0, "prompt_tokens": 128, "new_tokens": 32, "batches": {"1": batch, "8": batch}},
+    }
 
 
 def ablation(runs: Path, name: str, variants: dict[str, list[Path]]) -> Path:

@@ -14,11 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.benchmarks._records import RECORDS
-from pipeline.reporting.comparison import Evaluated, compared, rows_of
+from pipeline.reporting.comparison import Evaluated, Sample, compared, rows_of
 from pipeline.reporting.inspection_evaluations import found_in
-from pipeline.reporting.tables import COLUMNS, QUALITY, comparison_csv, comparison_table, comparison_text, printable
+from pipeline.reporting.tables import ABOUT, COLUMNS, QUALITY, comparison_csv, comparison_table, comparison_text, printable
 from tests.conftest import ROOT, Place
-from tests.reporting.evaluations import ablation, evaluated
+from tests.reporting.evaluations import FIRST, SUBJECTS, ablation, evaluated
+
+FURTHER = ["token_accuracy", "rougeL", "mmlu_medical"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `runs`, with two seeds and a benchmark of questions. Not to be changed."""
+    folder = tmp_path_factory.mktemp("asked") / "runs"
+    ablation(folder, "both", {"near": [evaluated(folder, 1e-3, seed, 2.0, further=True) for seed in range(2)], "far": [evaluated(folder, 2e-3, seed, 4.0, further=True) for seed in range(2)]})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +94,78 @@ def test_the_difference_from_the_baseline_is_paired_where_the_records_are_the_sa
     assert theirs[1] - theirs[0] > 2 * (ours[1] - ours[0])
 
 
+def test_what_else_was_measured_stands_behind_the_four(asked: Path, runs: Path):
+    assert [key for key in table(runs / "both")[0] if key not in ABOUT] == list(QUALITY)  # control: where nothing else was, nothing does
+    rows = {row["variant"]: row for row in table(asked / "both")}
+    assert [key for key in rows["near"] if key not in ABOUT] == [*QUALITY, *FURTHER]
+    trials = json.loads((asked / "both" / "ablation.json").read_text())["trials"]
+    for key in FURTHER:
+        models = [trial["models"]["distilled"] for trial in trials if trial["variant"] == "near"]
+        values = [model["tasks"][key]["accuracy"] if key == "mmlu_medical" else model[key] for model in models]
+        figure, difference = rows["near"][key], rows["far"][key]["difference"]
+        assert figure["values"] == values
+        assert figure["mean"] == pytest.approx(np.mean(values))
+        assert figure["interval"][0] < figure["mean"] < figure["interval"][1]
+        assert difference["paired"]
+        assert difference["interval"][0] < difference["mean"] < difference["interval"][1]
+
+
+@pytest.mark.parametrize("key", FURTHER)
+def test_what_is_kept_of_questions_and_texts_gives_their_figures_again(asked: Path, key: str):
+    for one in found_in([asked / "both"]):
+        for model, figures in one.evaluated.models.items():
+            sample = Sample(one.evaluated, figures, one.evaluated.records[model])
+            ids, over, under = sample.sums(key)
+            assert over.sum() / under.sum() == pytest.approx(sample.figure(key), rel=1e-12)
+            assert {task for task, _, _ in ids} == (set(SUBJECTS) if key == "mmlu_medical" else {"heldout"})
+
+
+def test_the_four_are_over_the_held_out_records_alone(asked: Path):
+    (one, *_) = found_in([asked / "both"])
+    for model, figures in one.evaluated.models.items():
+        kept = one.evaluated.records[model]
+        _, right, asked_ = Sample(one.evaluated, figures, kept).sums("accuracy")
+        assert right.sum() / asked_.sum() == pytest.approx(figures["accuracy"])
+        _, right, asked_ = kept.sums("accuracy")
+        assert right.sum() / asked_.sum() != pytest.approx(figures["accuracy"])  # control: with the benchmark's questions it is another
+
+
+def test_records_of_the_first_format_give_what_those_of_the_second_do(tmp_path: Path):
+    runs = tmp_path / "runs"
+    ablation(runs, "both", {"a": [evaluated(runs, further=True)], "b": [evaluated(runs, 2e-3, further=True)]})
+    second = {row["variant"]: row for row in table(runs / "both")}
+    for file in runs.glob("evaluate/*/records.parquet"):
+        kept = pq.read_table(file)
+        first = kept.filter([task == "heldout" for task in kept["task"].to_pylist()]).select(FIRST)
+        file.unlink()
+        pq.write_table(first.replace_schema_metadata({"format": "1"}), file)
+        manifest = json.loads((file.parent / "manifest.json").read_text())
+        (file.parent / "manifest.json").unlink()  # under an experiment's name, where nothing is checked against a manifest
+        place = runs / f"under {manifest['fingerprint']}"
+        place.mkdir()
+        for name in ("results.json", "records.parquet"):
+            shutil.copyfile(file.parent / name, place / name)
+    first = {row["variant"]: row for row in table(*runs.glob("under *"))}
+    assert len(first) == len(second)
+    for one, other in ((first[row], row) for row in ("teacher", "student before training")):
+        for key in QUALITY:
+            assert one[key]["interval"] == second[other][key]["interval"]
+        for key in FURTHER:
+            assert one[key]["mean"] == second[other][key]["mean"]
+            assert one[key]["interval"] is None  # these records have nothing of it
+            assert second[other][key]["interval"]
+
+
+def test_a_benchmark_that_was_put_otherwise_is_told(asked: Path, tmp_path: Path):
+    said = "mmlu_medical was not put in the same way everywhere"
+    place = Place(tmp_path)
+    assert said not in place.pipeline("compare", str(asked / "both"))  # control
+    other = evaluated(tmp_path / "runs", 3e-3, further=True, prompts="sha256:1")
+    assert said in place.pipeline("compare", str(asked / "both"), str(other))
+    names = [row["variant"] for row in table(asked / "both", other)]
+    assert sum(", teacher" in name for name in names) == 2  # neither hides what the other was asked
+
+
 def test_another_baseline_turns_the_difference_round(runs: Path):
     rows = {row["variant"]: row for row in table(runs / "both", baseline="far")}
     turned = {row["variant"]: row for row in table(runs / "both")}
@@ -92,11 +174,13 @@ def test_another_baseline_turns_the_difference_round(runs: Path):
     assert one["interval"] == pytest.approx([-other["interval"][1], -other["interval"][0]])
 
 
-@pytest.mark.parametrize("sort", [*QUALITY, "variant"])
-def test_it_can_be_sorted_by_every_figure(runs: Path, sort: str):
-    rows = table(runs / "both", sort=sort)
+@pytest.mark.parametrize("sort", [*QUALITY, *FURTHER, "variant"])
+def test_it_can_be_sorted_by_every_figure(asked: Path, runs: Path, tmp_path: Path, sort: str):
+    rows = table(asked / "both", sort=sort)
     values = [row["variant"] if sort == "variant" else row[sort]["mean"] for row in rows]
-    assert values == sorted(values, reverse=sort in ("top1_agreement", "accuracy"))
+    assert values == sorted(values, reverse=sort not in ("kl_to_teacher", "bits_per_byte", "variant"))
+    told = Place(tmp_path).pipeline("compare", str(runs / "both"), "--sort", sort, status=2 if sort in FURTHER else 0)
+    assert ("no such figure" in told) == (sort in FURTHER)  # control: where nobody measured it
 
 
 def test_a_variant_is_its_settings_and_its_seeds_are_one_row(runs: Path, tmp_path: Path):
@@ -167,8 +251,10 @@ def test_other_targets_and_few_seeds_are_said(runs: Path, tmp_path: Path):
     assert "not paired" in told
 
 
-def test_every_form_says_the_same(runs: Path, tmp_path: Path):
-    place, folder = Place(tmp_path), str(runs / "both")
+@pytest.mark.parametrize("of", ["runs", "asked"])
+def test_every_form_says_the_same(request: pytest.FixtureRequest, tmp_path: Path, of: str):
+    runs = request.getfixturevalue(of)
+    place, folder, keys = Place(tmp_path), str(runs / "both"), [*QUALITY, *(FURTHER if of == "asked" else [])]
     told = place.json("compare", folder)
     assert json.loads(place.pipeline("compare", folder, "--format", "json")) == told
     assert told["rows"] == json.loads(json.dumps(table(runs / "both")))
@@ -180,7 +266,7 @@ def test_every_form_says_the_same(runs: Path, tmp_path: Path):
     assert len(lines) == len(told["rows"]) + 2
     for row, cells, line in zip(told["rows"], lines[2:], read, strict=True):
         assert cells[0].strip() == line["variant"] == row["variant"]
-        for key, cell in zip(QUALITY, cells[2:], strict=True):
+        for key, cell in zip(keys, cells[2:], strict=True):
             figure = row[key]
             assert float(line[f"{key}_mean"]) == figure["mean"]
             assert float(line[f"{key}_interval_low"]) == figure["interval"][0]
@@ -200,10 +286,11 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6
 @settings(deadline=None, max_examples=60)
 @given(st.lists(names, min_size=1, max_size=4, unique=True))
 def test_no_name_breaks_a_table(given_names: list[str]):
-    rows = compared(rows_of([Evaluated(name, name, 0, {"distilled": {"kl_to_teacher": 1.0 + i}}, None) for i, name in enumerate(given_names)]))
+    models = [{"distilled": {"kl_to_teacher": 1.0 + i, "tasks": {f"task {given_names[-1]}": {"accuracy": 0.5}}}} for i in range(len(given_names))]
+    rows = compared(rows_of([Evaluated(name, name, 0, figures, None) for name, figures in zip(given_names, models, strict=True)]))
     markdown = comparison_table(rows).splitlines()
     assert len(markdown) == 2 + len(rows)
-    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == len(QUALITY) + 3 for line in markdown)
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == len(QUALITY) + 4 for line in markdown)
     assert not any("<" in line for line in markdown)
     text = comparison_text(rows)
     assert all(letter.isprintable() or letter == "\n" for letter in text)
@@ -230,7 +317,7 @@ def test_what_cannot_be_compared_is_told(runs: Path, tmp_path: Path):
     assert not (tmp_path / "x.html").exists()
 
 
-@pytest.mark.parametrize("damage", ["results.json", "records.parquet", "ablation.json", "no models"])
+@pytest.mark.parametrize("damage", ["results.json", "records.parquet", "ablation.json", "no models", "no tasks"])
 def test_damage_is_told(tmp_path: Path, damage: str):
     runs = tmp_path / "runs"
     folder = evaluated(runs)
@@ -241,6 +328,10 @@ def test_damage_is_told(tmp_path: Path, damage: str):
         given = runs / "published"
         given.mkdir()
         (given / "results.json").write_text('{"models": 3}')
+    elif damage == "no tasks":
+        given = runs / "published"
+        given.mkdir()
+        (given / "results.json").write_text('{"models": {"distilled": {"tasks": {"mmlu_medical": 3}}}}')
     else:
         (folder / damage).write_bytes((folder / damage).read_bytes()[:-3] + b"xyz")
     told = Place(tmp_path).pipeline("compare", str(given), status=1)

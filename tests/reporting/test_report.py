@@ -1,5 +1,6 @@
 """`pipeline report`: one page that is whole, needs nothing else, and cannot be written to by a name."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -91,9 +92,67 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path):
         assert (said in page.text) == (said != "3 seeds"), said
 
 
+def test_what_new_versions_measure_is_on_the_page(tmp_path: Path):
+    runs = tmp_path / "runs"
+    theirs = {"teacher": 0.741, "student": 0.511, "baseline": None, "retention": 0.69}
+    published = {"name": "Others", "source": "a paper", "models": {"teacher": "T", "student": "S", "baseline": None}, "figures": {"mmlu_anatomy": theirs}, "cost": {}, "notes": ["no note"]}
+    near = [evaluated(runs, seed=seed, further=True, published=published) for seed in (0, 1)]
+    page = page_of(tmp_path, ablation(runs, "abl", {"near": near, "far": [evaluated(runs, 2e-3, seed, 2.5, further=True) for seed in (0, 1)]}))
+    assert page.tags["svg"] == 6  # beside those of the test above, fidelity by entropy and position
+    assert page.tags["details"] == 4  # an evaluation each
+    models = [json.loads((folder / "results.json").read_text())["models"]["distilled"] for folder in near]
+    told = {row["variant"]: row for row in Place(tmp_path).json("compare", str(runs / "abl"))["rows"]}
+    asked = [model["tasks"]["mmlu_medical"] for model in models]
+    means = [np.mean([one[key] for one in asked]) for key in ("chance", "calibration_error", "brier")] + [np.mean([one["abstaining"]["0.5"] for one in asked])]
+    interval = told["near"]["mmlu_medical"]["interval"]
+    assert f"near20{np.mean([one['accuracy'] for one in asked]):.3f}{interval[0]:.3f} to {interval[1]:.3f}{''.join(f'{mean:.3f}' for mean in means)}" in page.text
+    subtask = np.mean([one["subtasks"]["mmlu_anatomy"]["accuracy"] for one in asked])
+    assert re.search(rf"mmlu_anatomy12[\d.]*{subtask:.3f}", page.text)
+    assert "near31.062.5700221212" in page.text  # parameters in millions, weights, memory; milliseconds of a pass and to the first token, of one and of 8
+    assert "near0.2000.500–" in page.text  # total variation, top-5 agreement, no correlation
+    assert "0.741 / – / 0.511 (0.690)" in page.text
+    for said in (
+        "Theirs: the published figures of Others",
+        "They were not measured here",
+        "Of 60 records and questions, 3 have 13 words in a row",
+        "mmlu_anatomy, in the training records",
+        "McNemar p",
+    ):
+        assert (said in page.text) == (said != "mmlu_anatomy, in the training records"), said  # the three that were seen are held-out records
+    assert "heldout (questions), in the training records" in page.text
+    old = page_of(tmp_path, evaluated(tmp_path / "old" / "runs")).text  # control
+    for gone in ("mmlu_medical", "theirs:", "13 words", "McNemar", "first token", "total variation"):
+        assert gone not in old, gone
+    for said in ("These evaluations asked none", "lacks `fidelity`", "did not compare the models task by task"):
+        assert said in old
+        assert said not in page.text
+
+
+def test_what_the_training_records_have_is_said_of_each_variant_where_it_differs(tmp_path: Path):
+    runs = tmp_path / "runs"
+    given = ablation(runs, "abl", {"all": [evaluated(runs, further=True)], "few": [evaluated(runs, 2e-3, further=True, records=10)]})
+    said = page_of(tmp_path, given).text
+    assert "all: Of 60 records" in said
+    assert "few: Of 30 records" in said
+
+
+def test_places_without_any_position_are_left_out_of_the_plot():
+    look = plots.looks([("v", "distilled")])[0]
+    figure = plots.lines([("t", "x", ["a", "b", "c"], [(look, [None, 1.0, 2.0]), (plots.looks([("w", "sft")])[0], [None] * 3)])])
+    (axis,) = figure.axes
+    (line,) = axis.lines
+    assert line.get_xydata().tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b", "c"]
+
+
 def test_a_name_stays_text(tmp_path: Path):
     runs = tmp_path / "runs"
     folder = ablation(runs, "abl", {EVIL: [evaluated(runs, specialties=("<b>heart</b>", EVIL))], "b": [evaluated(runs, 2e-3, specialties=("<b>heart</b>", EVIL))]})
+    theirs = {"teacher": 0.7, "student": 0.5, "baseline": 0.4, "retention": 0.7}
+    published = {"name": EVIL, "source": EVIL, "models": {"teacher": EVIL, "student": EVIL, "baseline": EVIL}, "figures": {EVIL: theirs}, "cost": {}, "notes": [EVIL]}
+    asked = evaluated(runs, 3e-3, further=True, published=published, subjects={EVIL: 4, f"2 {EVIL}": 4})
+    other = page_of(tmp_path, ablation(runs, "asked", {EVIL: [asked]}))
+    assert other.text.count(EVIL) > 10
     page = page_of(tmp_path, folder)
     assert EVIL in page.text
     assert "<b>heart</b>" in page.text
@@ -130,7 +189,7 @@ def test_what_is_not_there_is_said_and_the_page_is_whole(tmp_path: Path, how: st
 
 def test_a_real_run_has_a_page(done: Place, tmp_path: Path):
     page = page_of(tmp_path, done.path / "runs" / "tiny")
-    assert page.tags["svg"] == 5
+    assert page.tags["svg"] == 6
     assert str(done.finished("evaluate").path) in page.text
     for specialty in ("lung", "nerve"):
         assert specialty in page.text

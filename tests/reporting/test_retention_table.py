@@ -10,7 +10,8 @@ from pipeline.benchmarks._records import HELDOUT, Row
 from pipeline.benchmarks._retention import retention
 from pipeline.errors import InputError
 from pipeline.reporting.published import published
-from pipeline.reporting.retention_table import FIGURES, retention_table
+from pipeline.reporting.retention_table import FIGURES, retention_parts, retention_table
+from pipeline.reporting.tables import in_markdown
 from tests.conftest import ROOT
 
 THEIRS = ROOT / "configs" / "distilllm_med" / "published.json"
@@ -64,6 +65,15 @@ def test_what_is_not_known_is_a_dash():
     assert row == "| t | 2 | – | – | 0.500 | – | – | – |"
     (row,) = [line for line in retention_table(retention({"distilled": questions("t", "x"), "sft": questions("t", ".")})).splitlines() if line.startswith("| t |")]
     assert row == "| t | 1 | – | 0.000 | 1.000 | – | +1.000 | 1.000 |"
+
+
+def test_the_parts_are_plain_text_and_the_table_is_the_same_as_markdown():
+    rows = retention({"distilled": questions("a|b_<i>", "x" * 30), "sft": questions("a|b_<i>", "." * 30)})
+    parts = retention_parts(rows)
+    (line,) = parts.lines
+    assert line[0] == "a|b_<i>"
+    assert line[-1] == "<0.001"
+    assert rows_of(retention_table(rows)) == {"task": parts.titles[1:], in_markdown("a|b_<i>"): [*line[1:-1], "&lt;0.001"]}
 
 
 def test_a_small_p_is_not_written_out():
