@@ -356,11 +356,24 @@ def _cost(found: Sequence[Found], shown: Sequence[tuple[Row, Look]]) -> str:
     if measured := [(row, look, cost) for row, look in shown if (cost := _mean_cost([sample.figures["cost"] for sample in row.samples if sample.figures.get("cost")]))]:
         parts.append("<h3>In use</h3>" + _table(["", "model", *COST], [[_swatch(look), escape(row.name), *cost_cells(cost)] for row, look, cost in measured], left=2))
         parts.append(_paragraphs([f"{cost_note(measured[0][2])} Of several seeds the mean."]))
+    parts += _their_cost(found)
     said = ["The teacher's time is that of its forward passes, summed over shards and machines, without loading."]
     said.append("The students' is wall-clock time, over all sittings as far as checkpoints were kept.")
     if sittings:
         said.append("Students of an older version: the time of the last sitting.")
     return "".join(parts) + _paragraphs(said if parts else ["These folders say nothing of it."])
+
+
+def _their_cost(found: Sequence[Found]) -> list[str]:
+    """A table for each of those whose published figures stand beside ours."""
+    parts = []
+    theirs = {published["name"]: published for one in found if (published := one.results.get("published"))}
+    for name, published in theirs.items():
+        numbers = [[figure[model] for model in ("teacher", "baseline", "student")] for figure in published["cost"].values()]
+        lines = [[escape(what), *(NOTHING if number is None else f"{number:,g}" for number in row)] for what, row in zip(published["cost"], numbers, strict=True)]
+        if lines:
+            parts.append(f"<h3>Theirs: {escape(name)}</h3>" + _table(["", "teacher", "baseline", "student"], lines) + _paragraphs([f"Published, not measured here. Source: {published['source']}."]))
+    return parts
 
 
 def _mean_cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -63,6 +63,17 @@ def test_the_page_names_every_file_and_column(done: Place):
     assert pq.read_schema(finished.file("records.parquet")).equals(RECORDS, check_metadata=True)
 
 
+def test_the_page_names_every_key_of_questions_retention_and_cost(asked: Path):
+    page = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")))
+    results = json.loads(next(asked.glob("evaluate/*/results.json")).read_text())
+    model = results["models"]["distilled"]
+    named = [model, *model["tasks"].values(), model["fidelity"], model["cost"], model["cost"]["batches"]["1"], *results["retention"], results["seen_in_training"]]
+    wanted = {key for part in named for key in part} | {"only_student", "only_other", "p"}
+    assert wanted <= page, wanted - page
+    assert len(wanted) > 50  # control: there is something to name
+    assert not {"mmlu_anatomy"} & page  # a name of ours, no key
+
+
 def test_a_row_has_the_mean_and_spread_of_its_seeds_and_the_best_is_first(runs: Path):
     rows = table(runs / "both")
     assert [row["variant"] for row in rows] == ["teacher", "near", "far", "without the teacher", "student before training"]

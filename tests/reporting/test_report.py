@@ -95,7 +95,14 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path):
 def test_what_new_versions_measure_is_on_the_page(tmp_path: Path):
     runs = tmp_path / "runs"
     theirs = {"teacher": 0.741, "student": 0.511, "baseline": None, "retention": 0.69}
-    published = {"name": "Others", "source": "a paper", "models": {"teacher": "T", "student": "S", "baseline": None}, "figures": {"mmlu_anatomy": theirs}, "cost": {}, "notes": ["no note"]}
+    published = {
+        "name": "Others",
+        "source": "a paper",
+        "models": {"teacher": "T", "student": "S", "baseline": None},
+        "figures": {"mmlu_anatomy": theirs},
+        "cost": {"latency_ms": theirs | {"teacher": 1006.0}},
+        "notes": ["no note"],
+    }
     near = [evaluated(runs, seed=seed, further=True, published=published) for seed in (0, 1)]
     page = page_of(tmp_path, ablation(runs, "abl", {"near": near, "far": [evaluated(runs, 2e-3, seed, 2.5, further=True) for seed in (0, 1)]}))
     assert page.tags["svg"] == 6  # beside those of the test above, fidelity by entropy and position
@@ -111,6 +118,7 @@ def test_what_new_versions_measure_is_on_the_page(tmp_path: Path):
     assert "near31.062.5700221212" in page.text  # parameters in millions, weights, memory; milliseconds of a pass and to the first token, of one and of 8
     assert "near0.2000.500–" in page.text  # total variation, top-5 agreement, no correlation
     assert "0.741 / – / 0.511 (0.690)" in page.text
+    assert "latency_ms1,006–0.511Published, not measured here" in page.text
     for said in (
         "Theirs: the published figures of Others",
         "They were not measured here",
@@ -149,7 +157,7 @@ def test_a_name_stays_text(tmp_path: Path):
     runs = tmp_path / "runs"
     folder = ablation(runs, "abl", {EVIL: [evaluated(runs, specialties=("<b>heart</b>", EVIL))], "b": [evaluated(runs, 2e-3, specialties=("<b>heart</b>", EVIL))]})
     theirs = {"teacher": 0.7, "student": 0.5, "baseline": 0.4, "retention": 0.7}
-    published = {"name": EVIL, "source": EVIL, "models": {"teacher": EVIL, "student": EVIL, "baseline": EVIL}, "figures": {EVIL: theirs}, "cost": {}, "notes": [EVIL]}
+    published = {"name": EVIL, "source": EVIL, "models": {"teacher": EVIL, "student": EVIL, "baseline": EVIL}, "figures": {EVIL: theirs}, "cost": {EVIL: theirs}, "notes": [EVIL]}
     asked = evaluated(runs, 3e-3, further=True, published=published, subjects={EVIL: 4, f"2 {EVIL}": 4})
     other = page_of(tmp_path, ablation(runs, "asked", {EVIL: [asked]}))
     assert other.text.count(EVIL) > 10
