@@ -174,7 +174,10 @@ def test_a_benchmark_that_was_put_otherwise_is_told(asked: Path, tmp_path: Path)
     other = evaluated(tmp_path / "runs", 3e-3, further=True, prompts="sha256:1")
     assert said in place.pipeline("compare", str(asked / "both"), str(other))
     names = [row["variant"] for row in table(asked / "both", other)]
-    assert sum(", teacher" in name for name in names) == 2  # neither hides what the other was asked
+    for model in ("teacher", "without the teacher"):  # the very same runs, but neither hides what the other was asked
+        assert sum(name.endswith(f", {model}") for name in names) == 2
+    same = evaluated(tmp_path / "same" / "runs", 3e-3, further=True)
+    assert {"teacher", "without the teacher"} <= {row["variant"] for row in table(asked / "both", same)}  # control
 
 
 def test_another_baseline_turns_the_difference_round(runs: Path):

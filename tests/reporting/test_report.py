@@ -128,6 +128,9 @@ def test_what_new_versions_measure_is_on_the_page(tmp_path: Path):
     ):
         assert (said in page.text) == (said != "mmlu_anatomy, in the training records"), said  # the three that were seen are held-out records
     assert "heldout (questions), in the training records" in page.text
+    by_specialty = page.text.rpartition("By specialty")[2].partition("Means over seeds. A specialty")[0]
+    assert "heart" in by_specialty
+    assert "mmlu_anatomy" not in by_specialty  # the held-out records alone
     old = page_of(tmp_path, evaluated(tmp_path / "old" / "runs")).text  # control
     for gone in ("mmlu_medical", "theirs:", "13 words", "McNemar", "first token", "total variation"):
         assert gone not in old, gone
