@@ -25,9 +25,10 @@ def fidelity(model: Scorer, heldout: list[Record]) -> dict[str, Any]:
     by_specialty: dict[str, np.ndarray] = {}
     for record, compared in found:
         by_specialty[record.specialty or ""] = by_specialty.get(record.specialty or "", np.zeros(5)) + compared.total
+    figures = _means(total)
     return {
-        **_means(total),
-        "aligned_positions": int(aligned),
+        "aligned_positions": figures.pop("positions"),
+        **figures,
         "confidence_correlation": _correlation(aligned, np.sum([compared.certainty for _, compared in found], 0)),
         "fidelity": {
             "by_specialty": {name: _means(sums) for name, sums in sorted(by_specialty.items(), key=lambda each: -each[1][0])},

@@ -322,7 +322,7 @@ SETTINGS = [
     setting("evaluation.benchmarks.2.records", "5", "evaluate-teacher"),
     *(
         setting(f"evaluation.benchmarks.2.{option}", value, "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: mmlu_medical}",))
-        for option, value in (("shots", "1"), ("limit", "9"), ("split", "dev"))
+        for option, value in (("shots", "1"), ("limit", "9"), ("split", "dev"), ("revision", OTHER_COMMIT))
     ),
     setting("evaluation.benchmarks.2.tasks.0", "arc_hard", "evaluate-teacher", given=("evaluation.benchmarks.2={benchmark: harness, tasks: [arc_easy]}",)),
     setting("evaluation.published.path", "tiny/other.jsonl", given=("evaluation.published={path: tiny/choice.jsonl}",)),
