@@ -492,7 +492,7 @@ class Benchmark(Named):
         return parameters("benchmarks", self.benchmark)[0][0] == "live"
 
 
-def _one_by_one(value: Any) -> Any:
+def _by_name(value: Any) -> Any:
     """{mmlu_medical: {path: ...}} is a list of one."""
     return [{"benchmark": name, **(options or {})} for name, options in value.items()] if isinstance(value, dict) and all(isinstance(part, dict | None) for part in value.values()) else value
 
@@ -503,7 +503,7 @@ class Published(Section):
 
 
 class Evaluation(Section):
-    benchmarks: Annotated[list[Benchmark], Field(min_length=1), BeforeValidator(_one_by_one)] = [
+    benchmarks: Annotated[list[Benchmark], Field(min_length=1), BeforeValidator(_by_name)] = [
         Benchmark(benchmark="perplexity"),
         Benchmark(benchmark="fidelity"),
         Benchmark(benchmark="multiple_choice"),

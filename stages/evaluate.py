@@ -123,7 +123,7 @@ def _benchmarked(model: Scorer, live: Live, evaluation: Evaluation, heldout: lis
             raise InputError(f"Two entries of evaluation.benchmarks give {twice[0]}, and one would hide the other. Leave one of them out, or evaluate them apart.")
         tasks = results.get("tasks", {}) | tasks
         results |= figures | ({"tasks": tasks} if tasks else {})
-    return results, kept
+    return results | ({"cut_prompts": live.cut} if evaluation.live else {}), kept
 
 
 def _with(found: Evaluated, more: dict[str, Any]) -> Evaluated:

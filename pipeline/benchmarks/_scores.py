@@ -69,6 +69,9 @@ class Scorer(Protocol):
 class Live(Protocol):
     """A model that can be asked anything, or what it was asked once."""
 
+    cut: int
+    """How many contexts were longer than it reads, and lost their beginning."""
+
     def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]] | None:
         """Of each (context, continuation), in order: the continuation's log-probability in nats, and whether it is the most likely
         one token by token. None if nobody has asked this model."""

@@ -40,15 +40,25 @@ class LiveModel:
         self._model, self._tokenizer, self._name, self._batch, self._remember = model, tokenizer, name, batch_records, remember
         self._device = next(model.parameters()).device
         self._harness: Any = None
+        self.cut = 0
+        """How many contexts were longer than the model reads, so that the harness cut off their beginning."""
 
     def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """By the harness's own model for transformers, in batches of like length; logits are made into log-probabilities in float32."""
         found = self._remember([likelihood_key(*each) for each in asked], lambda places: self._likelihoods([asked[place] for place in places]), self._batch * AT_ONCE)
-        return [(float(logprob), bool(greedy)) for logprob, greedy in found]
+        self.cut += sum(cut for _, _, cut in found)
+        return [(float(logprob), bool(greedy)) for logprob, greedy, _ in found]
 
     def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool]]:
         """Always the most likely token, from the question as the template renders it, in batches of like length."""
         prompts = [prompt_of(self._tokenizer.render(record)) for record in records]
+        room = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        for record, prompt in zip(records, prompts, strict=True):
+            if room and len(prompt) + max_tokens > room:
+                raise InputError(
+                    f"The question of record {record.id} has {len(prompt)} tokens, and with {max_tokens} new ones there are more than the {room} that {self._name} reads. "
+                    "Set a lower `max_tokens` for text_quality, or fewer `records`."
+                )
         order = sorted(range(len(records)), key=lambda place: len(prompts[place]))
         keys = [generation_key(records[place], max_tokens) for place in order]
         found = self._remember(keys, lambda places: self._generated([prompts[order[place]] for place in places], max_tokens), self._batch)
@@ -57,7 +67,7 @@ class LiveModel:
             answers[place] = (str(text), bool(ended))
         return answers
 
-    def _likelihoods(self, asked: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def _likelihoods(self, asked: list[tuple[str, str]]) -> list[tuple[float, bool, bool]]:
         if self._harness is None:
             self._harness = _harness_model(self._model, self._tokenizer, self._batch)
         with torch.inference_mode():
@@ -67,7 +77,8 @@ class LiveModel:
                 raise NumericsError(
                     f"{self._name} gives {continuation!r} after {context[-80:]!r} a log-probability that is not finite. Train it with a lower learning rate, or load it with another dtype."
                 )
-        return [(float(logprob), bool(greedy)) for logprob, greedy in found]
+        cut = [len(self._harness.tok_encode(context + continuation)) > self._harness.max_length + 1 for context, continuation in asked]
+        return [(float(logprob), bool(greedy), long) for (logprob, greedy), long in zip(found, cut, strict=True)]
 
     def _generated(self, prompts: list[list[int]], max_tokens: int) -> list[tuple[str, bool]]:
         vocabulary = self._tokenizer.vocabulary
@@ -84,6 +95,7 @@ class Remembered:
 
     def __init__(self, answers: Mapping[str, Any] | None, name: str) -> None:
         self._answers, self._name = answers, name
+        self.cut = 0
 
     def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]] | None:
         if self._answers is None:
@@ -94,6 +106,7 @@ class Remembered:
                 f"{self._name} was not asked {missing} of {len(asked)} questions, such as {asked[found.index(None)][0][-80:]!r}: a benchmark has others than it had then "
                 "(one from the hub, or of another version of lm-eval). Remove the folder of evaluate-teacher and run that stage again, or set evaluation.ask_teacher to false."
             )
+        self.cut += sum(answer[2] for answer in found if answer)
         return [(float(answer[0]), bool(answer[1])) for answer in found if answer]
 
     def generations(self, records: Sequence[Record], max_tokens: int) -> list[tuple[str, bool] | None] | None:

@@ -30,7 +30,7 @@ class Progress:
         self._tokens += tokens
         now = time.monotonic()
         seconds = max(now - self._begun, 1e-9)
-        speed = f"{self._tokens / seconds:,.0f} tokens/s {note}".rstrip()
+        speed = f"{f'{self._tokens / seconds:,.0f} tokens/s ' if self._tokens else ''}{note}".rstrip()
         if self._bar:
             self._bar.update(self._task, completed=self._done, speed=speed)
             if self._done >= self._total:
@@ -38,7 +38,7 @@ class Progress:
         elif not self._silent and (now - self._told > SECONDS_BETWEEN_LINES or self._done >= self._total):
             self._told = now
             left = seconds / (self._done - self._first) * (self._total - self._done)
-            print(f"{self._what}: {self._done} of {self._total} {self._unit}, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{self._what}: {self._done} of {self._total} {self._unit}, {f'{speed}, ' if speed else ''}{left:.0f} s left", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Nothing more will come."""

@@ -60,7 +60,9 @@ def tasks_table(models: Mapping[str, dict[str, Any]]) -> str:
         ]
         for name, figures in rows.items()
     }
-    return "\n".join(_table("benchmark | model", QUESTIONS, cells)) + "\n" if cells else ""
+    cut = [f"{row['cut_prompts']:,} of {name}" for name, row in models.items() if row.get("cut_prompts")]
+    note = ["", f"Prompts that were longer than the model reads, and lost their beginning: {', '.join(cut)}."] if cut else []
+    return "\n".join([*_table("benchmark | model", QUESTIONS, cells), *note]) + "\n" if cells else ""
 
 
 def cost_table(models: Mapping[str, dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 
 EVERY = 5.0
@@ -14,7 +15,7 @@ class Answers:
     """Values by key, each kept in a commit without files; the manifest does away with them. Only for a sole writer."""
 
     def __init__(self, out: RunFolder, model: str) -> None:
-        self._out, self._prefix = out, f"answers-{model}-"
+        self._out, self._model, self._prefix = out, model, f"answers-{model}-"
         self._names = [name for name in out.committed() if name.startswith(self._prefix)]
         self._known: dict[str, Any] = {}
         for name in self._names:
@@ -27,14 +28,18 @@ class Answers:
 
         Which are asked for together depends on the keys alone, so that a stage that was killed asks the same together as one that was not.
         """
+        progress = Progress(f"{self._out.path.parent.name}: {self._model}", len(keys), sum(key in self._known for key in keys), "answers")
         try:
             for begin in range(0, len(keys), at_once):
                 places = [place for place in range(begin, min(begin + at_once, len(keys))) if keys[place] not in self._known]
                 for place, value in zip(places, ask(places) if places else [], strict=True):
                     self._known[keys[place]] = self._new[keys[place]] = value
+                if places:
+                    progress.advance(len(places), 0)
                 if time.monotonic() - self._since > EVERY:
                     self._commit()
         finally:
+            progress.finish()
             self._commit()
         return [self._known[key] for key in keys]
 

@@ -74,6 +74,26 @@ class Killed(BaseException):
     pass
 
 
+def test_contexts_that_are_too_long_are_counted_also_after_a_resume(loaded: tuple[PreTrainedModel, RecordTokenizer], tmp_path: Path):
+    model, tokenizer = loaded
+    pairs = [("cyst " * 400, " a"), ("cyst " * 3, " a"), ("cyst " * 500, " b")]
+    folder = RunFolder(tmp_path / "run")
+    for _ in range(2):
+        live = LiveModel(model, tokenizer, "it", 2, Answers(folder, "it"))
+        assert len(live.loglikelihoods(pairs)) == 3
+        assert live.cut == 2
+    heard = Remembered(Answers(folder, "it").known, "it")
+    heard.loglikelihoods(pairs)
+    assert heard.cut == 2
+    folder.close()
+
+
+def test_a_question_without_room_for_an_answer_is_refused(loaded: tuple[PreTrainedModel, RecordTokenizer]):
+    model, tokenizer = loaded
+    with pytest.raises(InputError, match=r"question of record r1 has \d+ tokens, and with 250 new ones there are more than the 256 that it reads"):
+        LiveModel(model, tokenizer, "it", 2).generations([record(1)], 250)
+
+
 def test_after_a_kill_only_the_rest_is_asked_and_the_order_stays(loaded: tuple[PreTrainedModel, RecordTokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, tokenizer = loaded
     pairs = asked(50)
@@ -81,7 +101,7 @@ def test_after_a_kill_only_the_rest_is_asked_and_the_order_stays(loaded: tuple[P
     times: list[int] = []
     plain = LiveModel._likelihoods
 
-    def dying(self: LiveModel, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def dying(self: LiveModel, pairs: list[tuple[str, str]]) -> list[tuple[float, bool, bool]]:
         if len(times) == 5:
             raise Killed
         times.append(len(pairs))
@@ -172,7 +192,7 @@ def test_a_prompt_is_all_before_the_last_answer(loaded: tuple[PreTrainedModel, R
 
 
 def test_what_was_asked_elsewhere_is_looked_up_and_what_was_not_is_missed():
-    answers = {likelihood_key("a", "b"): [-1.5, True], generation_key(record(1), 5): ["text", False]}
+    answers = {likelihood_key("a", "b"): [-1.5, True, False], generation_key(record(1), 5): ["text", False]}
     model = Remembered(answers, "The teacher")
     assert model.loglikelihoods([("a", "b"), ("a", "b")]) == [(-1.5, True)] * 2
     with pytest.raises(InputError, match="was not asked 1 of 2 questions"):
