@@ -25,7 +25,7 @@ class Answered:
     text: str
     """The question, without its options."""
     logprobs: list[float]
-    """Of each option, nats."""
+    """Of each option, as far as they decide, nats."""
     chosen: int
     answer: int
     task: str = HELDOUT

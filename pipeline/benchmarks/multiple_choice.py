@@ -14,6 +14,8 @@ from pipeline.signals.records import Record
 def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = None, fields: Fields | None = None) -> dict[str, Any]:
     """Accuracy of choosing the option with the highest log-likelihood per byte, with a 95 % bootstrap interval.
 
+    An option's probability, of which the model's confidence is made: as if all options had their mean number of bytes.
+
     Over the held-out records that have options, or over those of a file (as the dataset jsonl reads it; the teacher, which
     is known from its cache of the held-out split alone, then has none).
     """
@@ -28,9 +30,10 @@ def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = 
     for question in questions:
         of_options = scores[begin : begin + len(question.options or ())]
         begin += len(of_options)
-        chosen = int(np.argmax([score.logprob / max(score.answer_bytes, 1) for score in of_options]))
+        sizes = np.array([max(score.answer_bytes, 1) for score in of_options])
+        logprobs = np.array([score.logprob for score in of_options]) / sizes * sizes.mean()
         asked = "\n".join(segment.text for segment in question.segments[:-1])
         assert question.answer_index is not None
-        answered.append(Answered(question.id, question.digest()[:DIGEST], question.specialty, asked, [score.logprob for score in of_options], chosen, question.answer_index))
+        answered.append(Answered(question.id, question.digest()[:DIGEST], question.specialty, asked, logprobs.tolist(), int(np.argmax(logprobs)), question.answer_index))
     figures = figures_of(answered)
     return {key: figures[key] for key in ("accuracy", "accuracy_interval", "questions")} | {"tasks": {"multiple_choice": figures}, "records": rows_of(answered)}
