@@ -87,7 +87,8 @@ def cost_cells(cost: dict[str, Any]) -> list[str]:
 
 
 def cost_note(cost: dict[str, Any]) -> str:
-    return f"Prompts of {cost['prompt_tokens']} tokens, {cost['new_tokens']} new ones, one record at a time and 8; medians of 3 rounds (of what takes over 5 s: once). What the teacher costs was measured where it was asked."
+    prompts = f"Prompts of {cost['prompt_tokens']} tokens, {cost['new_tokens']} new ones, one record at a time and 8; medians of 3 rounds (of what takes over 5 s: once)."
+    return f"{prompts} What the teacher costs was measured where it was asked."
 
 
 def seen_note(seen: dict[str, Any]) -> str:
