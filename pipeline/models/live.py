@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.errors import InputError, NumericsError
+from pipeline.models.heads import RowLogits, row_logits
 from pipeline.models.tokenizers import RecordTokenizer
 from pipeline.signals.records import ANSWER, Record, Tokens
 
@@ -44,7 +45,7 @@ class LiveModel:
         """How many contexts were longer than the model reads, so that the harness cut off their beginning."""
 
     def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """By the harness's own model for transformers, in batches of like length; logits are made into log-probabilities in float32."""
+        """As the harness's own model for transformers reads them, in batches of like length."""
         found = self._remember([likelihood_key(*each) for each in asked], lambda places: self._likelihoods([asked[place] for place in places]), self._batch * AT_ONCE)
         self.cut += sum(cut for _, _, cut in found)
         return [(float(logprob), bool(greedy)) for logprob, greedy, _ in found]
@@ -69,7 +70,7 @@ class LiveModel:
 
     def _likelihoods(self, asked: list[tuple[str, str]]) -> list[tuple[float, bool, bool]]:
         if self._harness is None:
-            self._harness = _harness_model(self._model, self._tokenizer, self._batch)
+            self._harness = _harness_model(self._model, self._tokenizer, self._name, self._batch)
         with torch.inference_mode():
             found = self._harness.loglikelihood([_Asked(each) for each in asked], disable_tqdm=True)
         for (context, continuation), (logprob, _) in zip(asked, found, strict=True):
@@ -149,10 +150,49 @@ class _Asked:
         self.args = args
 
 
-def _harness_model(model: PreTrainedModel, tokenizer: RecordTokenizer, batch: int) -> Any:
+def _harness_model(model: PreTrainedModel, tokenizer: RecordTokenizer, name: str, batch: int) -> Any:
+    """The harness's own model for transformers, which tokenizes and cuts; of the logits it makes only the continuations'."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise InputError("Benchmarks of the harness need lm-eval. Install it: pip install 'distillation-pipeline[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return HFLM(pretrained=model, tokenizer=tokenizer.tokenizer, backend="causal", batch_size=batch, softmax_dtype="float32")
+    head = row_logits(model, name, model.get_output_embeddings().weight.shape[0])
+
+    class Rows(HFLM):
+        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+            return continuations(head, [(context, continuation) for _, context, continuation in requests], self.max_length, batch)
+
+    return Rows(pretrained=model, tokenizer=tokenizer.tokenizer, backend="causal", batch_size=batch)
+
+
+def continuations(head: RowLogits, asked: list[tuple[list[int], list[int]]], most: int, batch: int) -> list[tuple[float, bool]]:
+    """Of each (context, continuation), token ids, the continuation's log-probability (float64) and whether each of its tokens is the most likely.
+
+    At most `most` tokens are read, the last ones. What reads the same is read once: options of one token share a pass. InputError if
+    that has no room for a continuation.
+    """
+    if asked and (longest := max(len(continuation) for _, continuation in asked)) > most:
+        raise InputError(f"An option has {longest} tokens, and the model reads {most}. Leave that benchmark out.")
+    readers: dict[tuple[int, ...], list[int]] = {}
+    for place, (context, continuation) in enumerate(asked):
+        readers.setdefault(tuple((context + continuation)[-most - 1 : -1]), []).append(place)
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
+    texts = sorted(readers, key=len)
+    device = next(head.parameters()).device
+    for begin in range(0, len(texts), batch):
+        here = texts[begin : begin + batch]
+        width = max(map(len, here))
+        ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in here], device=device)
+        with torch.inference_mode():
+            hidden = head.hidden(ids)
+            for row, text in enumerate(here):
+                longest = max(len(asked[place][1]) for place in readers[text])
+                end = row * width + len(text)
+                logits = head.head(hidden[end - longest : end]).double()
+                logprobs, likeliest = logits.log_softmax(-1), logits.argmax(-1)
+                for place in readers[text]:
+                    tokens = torch.tensor(asked[place][1], device=device)
+                    last = logprobs[-len(tokens) :]
+                    found[place] = float(last.gather(1, tokens[:, None]).sum()), bool((likeliest[-len(tokens) :] == tokens).all())
+    return found

@@ -88,6 +88,12 @@ def test_contexts_that_are_too_long_are_counted_also_after_a_resume(loaded: tupl
     folder.close()
 
 
+def test_an_option_without_room_is_refused(loaded: tuple[PreTrainedModel, RecordTokenizer]):
+    model, tokenizer = loaded
+    with pytest.raises(InputError, match=r"An option has \d+ tokens, and the model reads 256"):
+        LiveModel(model, tokenizer, "it", 2).loglikelihoods([("a", " b"), ("a", " cyst" * 300)])
+
+
 def test_a_question_without_room_for_an_answer_is_refused(loaded: tuple[PreTrainedModel, RecordTokenizer]):
     model, tokenizer = loaded
     with pytest.raises(InputError, match=r"question of record r1 has \d+ tokens, and with 250 new ones there are more than the 256 that it reads"):
