@@ -109,6 +109,8 @@ def _notes(rows: list[dict[str, Any]], theirs: dict[str, Any] | None) -> list[st
         said.append("Baseline: " + ", ".join(f"{model} ({BASELINES[model]})" if model in BASELINES else model for model in baselines) + ".")
     if any(row["mcnemar"] and row["mcnemar"]["baseline"] for row in rows):
         said.append("McNemar p: exact and two-sided, student against baseline.")
+    if any(row["figure"] == "token_accuracy" and row["teacher"] is not None for row in rows):
+        said.append("Token accuracy is over each model's own tokens: with another tokenizer teacher and student do not tell the same tokens.")
     if left_out := [f"{row['left_out']:,} of {row['task']} ({FIGURES.get(row['figure'], row['figure'])})" for row in rows if row["left_out"]]:
         said.append(f"Left out, as not all models have them: {', '.join(left_out)}.")
     for row in rows:
