@@ -519,6 +519,9 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
+        names = [name for entry in self.benchmarks for name in (entry.options().get("tasks", []) if entry.benchmark == "harness" else [entry.benchmark])]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} stands twice among the benchmarks, and one would hide the other; leave one of them out, or evaluate them apart")
         if not self.ask_teacher and not self.live:
             raise ValueError("ask_teacher has no effect without a benchmark that the cache cannot answer (the harness's, text_quality); leave it out")
         return self
@@ -584,6 +587,8 @@ class Experiment(Section):
         taught = any(part.takes("teacher") or part.takes("values") for part in self.training.objective if part.most > 0)
         if not logits.boundary and any(part.loss == "alm" and part.options().get("boundary") for part in self.training.objective if part.most > 0):
             raise ConfigError("training.objective has alm with `boundary: true`, which needs `targets.logits.boundary: true`. Add that, or leave `boundary` out.")
+        if self.targets.text == "omit" and any(entry.benchmark == "text_quality" for entry in self.evaluation.benchmarks):
+            raise ConfigError("evaluation.benchmarks has text_quality, which needs the text of the held-out records. Set `targets.text: keep`, or leave text_quality out.")
         for part in self.training.objective:
             if part.most > 0 and part.takes("attention"):
                 self._check_attention(part)

@@ -17,7 +17,7 @@ from pipeline.cache.projected import StudentView
 from pipeline.cache.reader import Cache
 from pipeline.cache.schema import SHARD_FILES
 from pipeline.config import Evaluation, Machine, Student
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Mismatch
 from pipeline.files import as_json, read_json, read_json_lines
 from pipeline.lookup import find
 from pipeline.models.cost import cost_of
@@ -32,6 +32,7 @@ from pipeline.reporting.published import published
 from pipeline.reporting.retention_table import retention_table
 from pipeline.reporting.tables import cost_table, results_table, tasks_table
 from pipeline.running.answers import Answers
+from pipeline.running.fingerprint import canonical
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.records import Record
@@ -47,6 +48,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     refused = {id.partition("#choice")[0] for id in inputs["fit-projection"].summary.get("refused", {})}
     examples = [example for example in cache.examples("heldout") if (example.record.choice_of or example.record.id) not in refused]
     heldout = [example.record for example in examples if not example.record.choice_of]
+    everyone = [record for record in cache.records("heldout") if not record.choice_of]
     if not heldout:
         raise InputError("The cache has no held-out records to evaluate on. Give data.heldout, or a larger data.heldout.fraction.")
     theirs = published(evaluation.published.path) if evaluation.published else None
@@ -55,9 +57,9 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     done = {name: (out.info(name)["figures"], [Row(**row) for row in out.info(name)["rows"]]) for name in out.committed() if name.startswith("figures-")}
     models: dict[str, Evaluated] = {}
 
-    answers = read_json(inputs["evaluate-teacher"].file("answers.json")) if "evaluate-teacher" in inputs else None
+    answers = _answers(inputs) if "evaluate-teacher" in inputs else None
     cost = {key: cached.summary.get(key) for key in ("tokens_per_second", "peak_memory_mb", "cost")}
-    models["teacher"] = _with(_benchmarked(CachedTeacher(examples), Remembered(answers, "The teacher"), evaluation, heldout), cost)
+    models["teacher"] = _with(_benchmarked(CachedTeacher(examples), Remembered(answers, "The teacher"), evaluation, heldout, everyone), cost)
     device = device_named(machine.device)
     for number, (name, source, revision, layers) in enumerate(students, 2):
         piece = f"figures-{name}-{number}"
@@ -69,7 +71,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
             rows = rows_that_are_tokens(model, name, tokenizer.vocabulary)
             scorer = StudentScorer(row_logits(model, name, rows), tokenizer.render, view, examples, machine.student_micro_batch_records)
             live = LiveModel(model, tokenizer, name, machine.student_micro_batch_records, Answers(out, name))
-            found = _benchmarked(scorer, live, evaluation, heldout)
+            found = _benchmarked(scorer, live, evaluation, heldout, everyone)
             cost = {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
             done[piece] = _with(found, cost | {"cost": cost_of(model, rows) if machine.measure_cost else None})
             out.commit(piece, {}, figures=done[piece][0], rows=[asdict(row) for row in done[piece][1]])
@@ -104,6 +106,16 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     return results
 
 
+def _answers(inputs: Inputs) -> dict[str, Any]:
+    asked, cached = inputs["evaluate-teacher"], inputs["cache-teacher"]
+    if canonical(asked.identity["sections"]["teacher"]) != canonical(cached.identity["sections"]["teacher"]):
+        raise Mismatch(
+            f"{asked.path} has the answers of another teacher than the one that {cached.path} is of, or of the same with other settings. What was kept would be told of two teachers in one. "
+            "Give the folder of that teacher with --use evaluate-teacher=FOLDER, or set evaluation.ask_teacher to false."
+        )
+    return dict(read_json(asked.file("answers.json")))
+
+
 def _students(student: Student, inputs: Inputs) -> Iterator[tuple[str, str, str | None, list[int] | None]]:
     """Name, folder or hub id, revision, layers to keep."""
     yield "student_before", inputs.model(student.model, student.revision), student.revision, student.layers
@@ -112,15 +124,15 @@ def _students(student: Student, inputs: Inputs) -> Iterator[tuple[str, str, str 
     yield "distilled", str(inputs["train-student"].folder("student")), None, None
 
 
-def _benchmarked(model: Scorer, live: Live, evaluation: Evaluation, heldout: list[Record]) -> Evaluated:
+def _benchmarked(model: Scorer, live: Live, evaluation: Evaluation, heldout: list[Record], everyone: list[Record]) -> Evaluated:
+    """heldout: the records that the projection knows; everyone: those that it refused, too."""
     results: dict[str, Any] = {}
     kept: list[Row] = []
     for entry in evaluation.benchmarks:
-        figures = find("benchmarks", entry.benchmark)(live if entry.live else model, heldout, **entry.options())
+        figures = find("benchmarks", entry.benchmark)(*((live, everyone) if entry.live else (model, heldout)), **entry.options())
         kept += figures.pop(KEPT, [])
         tasks = figures.pop("tasks", {})
-        if twice := sorted((tasks.keys() & results.get("tasks", {}).keys()) | (figures.keys() & results.keys())):
-            raise InputError(f"Two entries of evaluation.benchmarks give {twice[0]}, and one would hide the other. Leave one of them out, or evaluate them apart.")
+        assert not tasks.keys() & results.get("tasks", {}).keys() | figures.keys() & results.keys(), "config refuses what is given twice"
         tasks = results.get("tasks", {}) | tasks
         results |= figures | ({"tasks": tasks} if tasks else {})
     return results | ({"cut_prompts": live.cut} if evaluation.live else {}), kept

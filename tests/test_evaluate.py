@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import Mismatch
 from pipeline.running.fingerprint import fingerprint
 from tests.conftest import CONFIG, Place
 from tests.golden import _without_measured
@@ -164,6 +165,19 @@ def test_the_teacher_must_be_asked_first_or_left_out(evaluated: Place, tmp_path:
     assert next(entry for entry in found["retention"] if entry["task"] == "mmlu_medical")["teacher"] is None
 
 
+def test_one_evaluation_has_one_teacher(evaluated: Place, made: Path, tmp_path: Path):
+    place = Place(tmp_path / "place")
+    shutil.copytree(evaluated.path, place.path, symlinks=True)
+    shutil.copytree(made / "tiny" / "teacher", place.path / "tiny" / "teacher")
+    cache, asked = (next((place.path / "runs" / stage).iterdir()) for stage in ("cache-teacher", "evaluate-teacher"))
+    other = ["--set", LIVE, "--set", "teacher.dtype=bfloat16", "--set", "training.steps=1", "--set", "evaluation.control=false"]
+    assert "not the one that the cache is of" in place.pipeline("evaluate-teacher", CONFIG, *other, "--use", f"cache-teacher={cache}", status=Mismatch.exit_status)
+    for stage in ("prepare-data", "cache-teacher", "evaluate-teacher", "train-student"):
+        place.pipeline(stage, CONFIG, *other)
+    assert "the answers of another teacher" in place.pipeline("evaluate", CONFIG, *other, "--use", f"evaluate-teacher={asked}", status=Mismatch.exit_status)
+    place.pipeline("evaluate", CONFIG, *other)  # control: with its own
+
+
 def test_what_the_training_records_have_is_flagged_and_scored_apart(own: Place):
     rows = [json.loads(line) for line in (own.path / "tiny" / "train.jsonl").read_text().splitlines()]
     told = "It is a very rare finding that is seen in one of a hundred people who live by the sea."
@@ -185,7 +199,9 @@ def test_what_the_training_records_have_is_flagged_and_scored_apart(own: Place):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("evaluation.benchmarks=[{benchmark: perplexity}, {benchmark: perplexity}]", "Two entries of evaluation.benchmarks give bits_per_byte"),
+        ("evaluation.benchmarks=[{benchmark: perplexity}, {benchmark: perplexity}]", "perplexity stands twice among the benchmarks"),
+        ("evaluation.benchmarks=[{benchmark: medqa}, {benchmark: harness, tasks: [arc_easy, medqa]}]", "medqa stands twice among the benchmarks"),
+        ("targets.text=omit", "has text_quality, which needs the text of the held-out records"),
         ("evaluation.published={path: nothing.json}", "No file is at nothing.json"),
         ("evaluation.ask_teacher=false", "ask_teacher has no effect without a benchmark"),
         ("evaluation.benchmarks={mmlu_medical: {pth: questions.jsonl}}", "mmlu_medical has no option 'pth'; did you mean 'path'?"),
@@ -195,7 +211,8 @@ def test_what_the_training_records_have_is_flagged_and_scored_apart(own: Place):
 def test_what_it_refuses(evaluated: Place, tmp_path: Path, setting: str, said: str):
     place = Place(tmp_path / "place")
     shutil.copytree(evaluated.path, place.path, symlinks=True)
-    assert said in place.pipeline("evaluate", CONFIG, "--set", setting, "--set", "machine.workers=1", status=2)
+    live = ["--set", LIVE] if setting.startswith("targets") else []
+    assert said in place.pipeline("evaluate", CONFIG, *live, "--set", setting, status=2)
 
 
 def test_benchmarks_are_a_list_or_by_name(evaluated: Place):

@@ -1,14 +1,16 @@
 """Questions with options: how often the right one was chosen, and whether the model knew when it did not know."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.benchmarks._bootstrap import interval, resampled
 from pipeline.benchmarks._records import HELDOUT, Row
 
+Z = 1.959963984540054
+"""Of the normal distribution 95 % lie between -Z and Z."""
 BINS = 10
 """Of the confidence, evenly from 0 to 1."""
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -46,17 +48,15 @@ class Answered:
 
 
 def figures_of(questions: Sequence[Answered]) -> dict[str, Any]:
-    """Accuracy with its 95 % bootstrap interval and the accuracy of chance; calibration error (ECE), Brier score (Brier 1950, summed
+    """Accuracy with its 95 % interval (Wilson) and the accuracy of chance; calibration error (ECE), Brier score (Brier 1950, summed
     over the options), and the accuracy on the questions that the model is most confident of. At least one question."""
     right = np.array([question.right for question in questions])
     confidence = np.array([question.confidence for question in questions])
-    found = interval(resampled(right[:, None], np.ones((len(right), 1)))[:, 0])
-    assert found
     place = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
     bins = np.stack([np.bincount(place, weights=weights, minlength=BINS) for weights in (np.ones(len(place)), confidence, right.astype(np.float64))], 1)
     return {
         "accuracy": float(right.mean()),
-        "accuracy_interval": list(found),
+        "accuracy_interval": list(wilson(int(right.sum()), len(right))),
         "questions": len(questions),
         "chance": float(np.mean([1 / len(question.logprobs) for question in questions])),
         "calibration_error": float(np.abs(bins[:, 1] - bins[:, 2]).sum() / len(right)),
@@ -64,6 +64,13 @@ def figures_of(questions: Sequence[Answered]) -> dict[str, Any]:
         "brier": float(np.mean([_brier(question) for question in questions])),
         "abstaining": {f"{coverage:g}": float(_of_the_surest(right, confidence, coverage)) for coverage in COVERAGES},
     }
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927), which has a width also where none or all are right."""
+    z2 = Z * Z
+    middle, half = (right + z2 / 2) / (of + z2), Z / (of + z2) * math.sqrt(right * (of - right) / of + z2 / 4)
+    return (middle - half if right else 0.0), (middle + half if right < of else 1.0)
 
 
 def rows_of(questions: Sequence[Answered]) -> list[Row]:

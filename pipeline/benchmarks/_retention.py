@@ -12,6 +12,8 @@ from pipeline.benchmarks._records import Row
 
 TEACHER, STUDENT, BASELINES = "teacher", "distilled", ("sft", "student_before")
 ACCURACY = "accuracy"
+LEVEL = 0.05
+"""Of a test."""
 LOWER_IS_BETTER = frozenset({"bits_per_byte"})
 Key = tuple[str, str, str]
 """Task, record and digest: records are the same where all three agree."""
@@ -127,7 +129,7 @@ def _entry(task: str, figure: str, found: dict[str, dict[Key, tuple[float, float
     left_out: those that some have and others do not (a model without any is not in the comparison).
     teacher, student, baseline: the figure. student_minus_baseline, retention (student / teacher, or teacher / student where lower is better),
     baseline_retention: {value, interval}, the interval of 95 % by paired bootstrap, none of fewer than two records.
-    recovered: (student - baseline) / (teacher - baseline), if the interval of what is divided by excludes 0.
+    recovered: (student - baseline) / (teacher - baseline), if the interval of what is divided by excludes 0 (and of questions, McNemar's test tells the two apart).
     Of questions: mcnemar {baseline, teacher}: the student against each; confidence_correlation: whether the student is sure where
     its teacher is (Pearson, of the chosen options' probabilities; None if either is the same everywhere).
     not_seen, seen: {records, teacher, student, baseline, retention} over the records that the training records do not have, and those
@@ -143,6 +145,9 @@ def _entry(task: str, figure: str, found: dict[str, dict[Key, tuple[float, float
     gap = drawn.made(lambda teacher, base: teacher - base, TEACHER, baseline)
     recovered = drawn.made(lambda one, base, teacher: (one - base) / (teacher - base), STUDENT, baseline, TEACHER)
     apart = bool(gap and gap["interval"] and not gap["interval"][0] <= 0 <= gap["interval"][1])
+    right = {model: np.array([parts[key][0] > 0 for key in common], bool) for model, parts in there.items()} if figure == ACCURACY else {}
+    if common and baseline in right and TEACHER in right:  # of few questions the bootstrap is too sure
+        apart = apart and mcnemar(right[TEACHER], right[baseline])["p"] < LEVEL
     entry: dict[str, Any] = {
         "task": task,
         "figure": figure,
@@ -159,7 +164,6 @@ def _entry(task: str, figure: str, found: dict[str, dict[Key, tuple[float, float
         "confidence_correlation": None,
     }
     if figure == ACCURACY:
-        right = {model: np.array([parts[key][0] > 0 for key in common], bool) for model, parts in there.items()}
         entry["mcnemar"] = {name: mcnemar(right[STUDENT], right[model]) if model in right and common else None for name, model in (("baseline", baseline), ("teacher", TEACHER))}
         if TEACHER in there:
             entry["confidence_correlation"] = _correlation([(kept[TEACHER][key].get("confidence"), kept[STUDENT][key].get("confidence")) for key in common])

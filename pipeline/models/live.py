@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.errors import InputError, NumericsError
 from pipeline.models.heads import RowLogits, row_logits
-from pipeline.models.tokenizers import RecordTokenizer
-from pipeline.signals.records import ANSWER, Record, Tokens
+from pipeline.models.tokenizers import NotKept, RecordTokenizer
+from pipeline.signals.records import ANSWER, Record, Segment
 
 AT_ONCE = 16
 """Batches that are handed to the model together: within them like lengths come together."""
@@ -50,9 +51,25 @@ class LiveModel:
         self.cut += sum(cut for _, _, cut in found)
         return [(float(logprob), bool(greedy)) for logprob, greedy, _ in found]
 
-    def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool]]:
-        """Always the most likely token, from the question as the template renders it, in batches of like length."""
-        prompts = [prompt_of(self._tokenizer.render(record)) for record in records]
+    def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool] | None]:
+        """Always the most likely token, from the question as the template renders it, in batches of like length.
+
+        None for a record whose bytes the tokenizer does not keep.
+        """
+        found = [self._prompt(record) for record in records]
+        kept = [place for place, prompt in enumerate(found) if prompt is not None]
+        answers: list[tuple[str, bool] | None] = [None] * len(records)
+        for place, answer in zip(kept, self._answers([records[place] for place in kept], [prompt for prompt in found if prompt is not None], max_tokens), strict=True):
+            answers[place] = answer
+        return answers
+
+    def _prompt(self, record: Record) -> list[int] | None:
+        try:
+            return prompt_of(self._tokenizer, record)
+        except NotKept:
+            return None
+
+    def _answers(self, records: list[Record], prompts: list[list[int]], max_tokens: int) -> list[tuple[str, bool]]:
         room = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         for record, prompt in zip(records, prompts, strict=True):
             if room and len(prompt) + max_tokens > room:
@@ -110,11 +127,17 @@ class Remembered:
         self.cut += sum(answer[2] for answer in found if answer)
         return [(float(answer[0]), bool(answer[1])) for answer in found if answer]
 
-    def generations(self, records: Sequence[Record], max_tokens: int) -> list[tuple[str, bool] | None] | None:
+    def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool] | None] | None:
         if self._answers is None:
             return None
-        found = [self._answers.get(generation_key(record, max_tokens)) for record in records]
-        return [None if answer is None else (str(answer[0]), bool(answer[1])) for answer in found]
+        keys = [generation_key(record, max_tokens) for record in records]
+        if missing := sum(key not in self._answers for key in keys):
+            raise InputError(
+                f"{self._name} was not asked to write {missing} of {len(keys)} answers. Its folder of evaluate-teacher is of another evaluation: "
+                "run `pipeline evaluate-teacher` with this one, or set evaluation.ask_teacher to false."
+            )
+        found = [self._answers[key] for key in keys]
+        return [(str(answer[0]), bool(answer[1])) for answer in found]
 
 
 def greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, ends: list[int], vocabulary_size: int, least: int | None = None) -> torch.Tensor:
@@ -130,8 +153,10 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, new_to
         model.generation_config = before
 
 
-def prompt_of(tokens: Tokens) -> list[int]:
-    """The ids before the last answer."""
+def prompt_of(tokenizer: RecordTokenizer, record: Record) -> list[int]:
+    """The ids before the last answer, as they are before an answer that begins with a letter: another beginning (a digit, a line break)
+    may be one token with the template's end, and the prompt would tell it."""
+    tokens = tokenizer.render(replace(record, segments=(*record.segments[:-1], Segment("assistant", "A"))))
     inside = tokens.kind >= ANSWER
     begins = np.flatnonzero(inside[1:] & ~inside[:-1])
     return [int(id) for id in tokens.ids[: begins[-1] + 1]]

@@ -101,7 +101,7 @@ class Sample:
         """As `Kept.sums`, of what `figure` is over; None where that is not known."""
         if self.kept is None or self.figure(key) is None:
             return None
-        return self.kept.of({HELDOUT}).sums(key) if key in PARTS else self.kept.of(self.task(key).get("subtasks", {})).sums("accuracy")
+        return self.kept.of({HELDOUT, OF_HELDOUT}).sums(key) if key in PARTS else self.kept.of(self.task(key).get("subtasks", {})).sums("accuracy")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.benchmarks._records import HELDOUT
+from pipeline.benchmarks._retention import LEVEL
 from pipeline.reporting.tables import NOTHING, in_markdown
 
 FIGURES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "token_accuracy": "token accuracy", "bits_per_byte": "bits per byte", "perplexity": "perplexity"}
@@ -47,7 +48,7 @@ def retention_parts(rows: list[dict[str, Any]], theirs: dict[str, Any] | None = 
         beside = [_theirs(figures.get(key))] if theirs else []
         told.add(key)
         cells = [f"{row['records']:,}", *(_number(row[model]) for model in ("teacher", "baseline", "student"))]
-        cells += [_with_interval(row["retention"], "{:.3f}"), _with_interval(row["student_minus_baseline"], "{:+.3f}", marked=True), _p(row), *beside]
+        cells += [_with_interval(row["retention"], "{:.3f}"), _with_interval(row["student_minus_baseline"], "{:+.3f}", _told_apart(row)), _p(row), *beside]
         lines.append([_title(row), *cells])
         if row["seen"]:
             for part, name in ((row["not_seen"], "not in the training records"), (row["seen"], "in the training records")):
@@ -78,14 +79,21 @@ def _number(value: float | None, form: str = "{:.3f}") -> str:
     return NOTHING if value is None else form.format(value)
 
 
+def _told_apart(row: dict[str, Any]) -> bool:
+    """Whether student and baseline differ: of questions by the exact test, as a bootstrap of few of them is too sure; otherwise by the interval."""
+    if found := row["mcnemar"] and row["mcnemar"]["baseline"]:
+        return bool(found["p"] < LEVEL)
+    difference = row["student_minus_baseline"]
+    return bool(difference and difference["interval"] and not difference["interval"][0] <= 0 <= difference["interval"][1])
+
+
 def _with_interval(figure: dict[str, Any] | None, form: str, marked: bool = False) -> str:
-    """marked: `*` where the interval excludes 0."""
     if figure is None:
         return NOTHING
     if not figure["interval"]:
         return form.format(figure["value"])
     low, high = figure["interval"]
-    return f"{form.format(figure['value'])} [{form.format(low)}, {form.format(high)}]{' *' if marked and not low <= 0 <= high else ''}"
+    return f"{form.format(figure['value'])} [{form.format(low)}, {form.format(high)}]{' *' if marked else ''}"
 
 
 def _p(row: dict[str, Any]) -> str:
@@ -104,11 +112,11 @@ def _theirs(figure: dict[str, Any] | None) -> str:
 def _notes(rows: list[dict[str, Any]], theirs: dict[str, Any] | None) -> list[str]:
     said = ["n: records that all of these models have, the only ones that count. Retention: student / teacher (where lower is better, teacher / student)."]
     if any(figure and figure["interval"] for row in rows for figure in (row["retention"], row["student_minus_baseline"])):
-        said.append("[95 % interval: paired bootstrap over the records; * it excludes 0]")
+        said.append("[95 % interval: paired bootstrap over the records; * it excludes 0, or of questions: McNemar's p is below 0.05]")
     if baselines := list(dict.fromkeys(row["baseline_model"] for row in rows if row["baseline_model"])):
         said.append("Baseline: " + ", ".join(f"{model} ({BASELINES[model]})" if model in BASELINES else model for model in baselines) + ".")
     if any(row["mcnemar"] and row["mcnemar"]["baseline"] for row in rows):
-        said.append("McNemar p: exact and two-sided, student against baseline.")
+        said.append("McNemar p: exact and two-sided, student against baseline, not corrected for the number of tasks.")
     if any(row["figure"] == "token_accuracy" and row["teacher"] is not None for row in rows):
         said.append("Token accuracy is over each model's own tokens: with another tokenizer teacher and student do not tell the same tokens.")
     if left_out := [f"{row['left_out']:,} of {row['task']} ({FIGURES.get(row['figure'], row['figure'])})" for row in rows if row["left_out"]]:

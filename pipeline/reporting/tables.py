@@ -41,6 +41,8 @@ def results_table(results: dict[str, Any]) -> str:
     lines += ["", f"Cache: {cache['tokens']:,} tokens, {cache['bytes_per_token']:.0f} bytes per token. Held out: {results['heldout_records']} records."]
     if seen := results["seen_in_training"]:
         lines[-1] += f" {seen_note(seen)}"
+    elif results["retention"]:
+        lines[-1] += " Whether the training records have any of it is not known: the cache is without their text."
     return "\n".join(lines) + "\n"
 
 

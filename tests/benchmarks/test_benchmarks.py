@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.benchmarks._questions import Answered, figures_of
+from pipeline.benchmarks._questions import Answered, figures_of, wilson
 from pipeline.benchmarks._records import RECORDS, as_table, row
 from pipeline.benchmarks._scores import BINS, DECILES, OCTAVES, Compared, Score
 from pipeline.benchmarks.calibration import calibration
@@ -151,6 +151,21 @@ def test_what_a_model_knows_of_its_answers_by_hand():
     assert found["abstaining"]["0.5"] == 1.0
     assert found["abstaining"]["0.7"] == pytest.approx(2 / 2.8)
     assert sum(part[0] for part in found["calibration"]) == 4
+
+
+def test_the_interval_of_a_share_has_a_width_at_its_ends():
+    # Newcombe 1998, table I, method 3
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
+
+
+def test_a_question_that_a_file_has_twice_counts_once(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "Q?", "options": ["short", "mid size"], "answer_idx": 0, "id": "a"}\n' * 2)
+    found = multiple_choice(Model(lambda record: -1.0), [], path=str(tmp_path / "q.jsonl"), fields={"user": "question", "options": "options", "answer_index": "answer_idx", "id": "id"})
+    assert found["questions"] == 1
+    assert [one.task for one in found["records"]] == ["multiple_choice"]
 
 
 def test_questions_that_a_model_is_equally_sure_of_are_left_out_alike():

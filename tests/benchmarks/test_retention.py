@@ -45,7 +45,10 @@ def test_accuracies_by_hand():
     assert entry["student_minus_baseline"]["value"] == pytest.approx(0.2)
     assert entry["retention"]["value"] == pytest.approx(0.75)
     assert entry["baseline_retention"]["value"] == pytest.approx(0.5)
-    assert entry["recovered"] == pytest.approx(0.5)  # the teacher is 0.4 above the baseline: [0.1, 0.7]
+    assert entry["recovered"] is None  # the teacher is 0.4 above the baseline, [0.1, 0.7], but 4 questions to none are no proof
+    (entry,) = retention({model: questions(right * 2) for model, right in (("teacher", T), ("distilled", S), ("student_before", B))})
+    assert entry["recovered"] == pytest.approx(0.5)  # 8 to none are
+    (entry,) = retention(THREE)
     assert entry["mcnemar"] == {"baseline": {"only_student": 3, "only_other": 1, "p": 0.625}, "teacher": {"only_student": 0, "only_other": 2, "p": 0.5}}
     assert entry["confidence_correlation"] is None  # all 0.5
     assert (entry["not_seen"], entry["seen"]) == (None, None)

@@ -13,10 +13,12 @@ from pipeline.errors import InputError, NumericsError
 from pipeline.models.cost import cost_of
 from pipeline.models.live import LiveModel, Remembered, generation_key, likelihood_key, prompt_of
 from pipeline.models.loading import load_student, load_teacher
-from pipeline.models.tokenizers import RecordTokenizer, load_tokenizer
+from pipeline.models.tokenizers import NotKept, RecordTokenizer, load_tokenizer
 from pipeline.running.answers import Answers
 from pipeline.running.folder import RunFolder
-from pipeline.signals.records import Record, Segment
+from pipeline.signals.records import ANSWER, Record, Segment
+from tests.models.real import GEMMA, LLAMA3, QWEN3, SMOLLM
+from tests.models.real import tokenizer as tokenizer_of
 from tests.tiny import questions
 
 CPU = torch.device("cpu")
@@ -138,7 +140,7 @@ def record(n: int, words: int = 3) -> Record:
 
 
 def by_hand(model: PreTrainedModel, tokenizer: RecordTokenizer, asked: Record, most: int) -> tuple[str, bool]:
-    ids = prompt_of(tokenizer.render(asked))
+    ids = prompt_of(tokenizer, asked)
     begin = len(ids)
     for _ in range(most):
         with torch.inference_mode():
@@ -148,6 +150,40 @@ def by_hand(model: PreTrainedModel, tokenizer: RecordTokenizer, asked: Record, m
     ended = ids[-1] in tokenizer.vocabulary.end_ids
     text = b"".join(tokenizer.vocabulary.token_bytes[id] for id in (ids[begin:-1] if ended else ids[begin:])).decode("utf-8", "replace").strip()
     return text, ended
+
+
+@pytest.mark.parametrize(("name", "template"), [(GEMMA, "plain"), (SMOLLM, "plain"), (SMOLLM, "chat"), (LLAMA3, "plain"), (LLAMA3, "chat"), (QWEN3, "plain"), (QWEN3, "chat")])
+def test_no_prompt_of_a_real_model_tells_how_the_answer_begins(name: str, template: str):
+    try:
+        real = tokenizer_of(name, template)
+    except InputError as error:
+        pytest.skip(str(error))  # without a chat template
+    one = prompt_of(real, record(1))
+    for text in ("12 mg", "\nA", "  lead", "\tB", ":)", "A"):
+        assert prompt_of(real, replace(record(1), segments=(record(1).segments[0], Segment("assistant", text)))) == one
+    cut = [prompt_up_to(real, text) for text in ("12 mg", "\nA", "  lead", "The")]
+    assert template == "chat" or len(set(map(tuple, cut))) > 1  # control: the rendered answers themselves do
+
+
+def prompt_up_to(real: RecordTokenizer, text: str) -> list[int]:
+    tokens = real.render(replace(record(1), segments=(record(1).segments[0], Segment("assistant", text))))
+    return tokens.ids[: list(tokens.kind >= ANSWER).index(True)].tolist()
+
+
+class Forgetful(RecordTokenizer):
+    def render(self, record: Record) -> Any:
+        if record.id == "r2":
+            raise NotKept("its bytes are not kept")
+        return super().render(record)
+
+
+def test_a_record_that_the_tokenizer_does_not_keep_has_no_answer(loaded: tuple[PreTrainedModel, RecordTokenizer]):
+    model, tokenizer = loaded
+    forgetful = Forgetful.__new__(Forgetful)
+    forgetful.__dict__ |= tokenizer.__dict__
+    found = LiveModel(model, forgetful, "it", 2).generations([record(n) for n in range(4)], 5)
+    assert found[2] is None
+    assert [each for n, each in enumerate(found) if n != 2] == list(LiveModel(model, tokenizer, "it", 2).generations([record(n) for n in (0, 1, 3)], 5))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -176,7 +212,7 @@ def test_an_answer_ends_at_its_end(made: Path):
 
 
 def model_output(model: PreTrainedModel, tokenizer: RecordTokenizer, asked: Record, most: int) -> list[int]:
-    ids = prompt_of(tokenizer.render(asked))
+    ids = prompt_of(tokenizer, asked)
     begin = len(ids)
     for _ in range(most):
         with torch.inference_mode():
@@ -188,9 +224,9 @@ def test_a_prompt_is_all_before_the_last_answer(loaded: tuple[PreTrainedModel, R
     _, tokenizer = loaded
     turns = (Segment("user", "One?"), Segment("assistant", "First."), Segment("user", "Two?"), Segment("assistant", "Second."))
     for asked in (Record("a", turns), Record("b", turns[:2]), Record("c", (Segment("context", "Some text."), *turns[:2]))):
-        whole, other = (tokenizer.render(replace(asked, segments=(*asked.segments[:-1], Segment("assistant", text)))) for text in (asked.segments[-1].text, "Zzz"))
-        prompt = prompt_of(whole)
-        assert prompt == prompt_of(other)
+        prompt = prompt_of(tokenizer, asked)
+        for text in ("12 mg", "\nA", "  lead", "Zzz", "é", "🙂"):  # may be one token with what is before them
+            assert prompt == prompt_of(tokenizer, replace(asked, segments=(*asked.segments[:-1], Segment("assistant", text))))
         shown = b"".join(tokenizer.vocabulary.token_bytes[id] for id in prompt).decode()
         assert asked.segments[-1].text not in shown
         assert all(segment.text in shown for segment in asked.segments[:-1])
@@ -203,8 +239,10 @@ def test_what_was_asked_elsewhere_is_looked_up_and_what_was_not_is_missed():
     assert model.loglikelihoods([("a", "b"), ("a", "b")]) == [(-1.5, True)] * 2
     with pytest.raises(InputError, match="was not asked 1 of 2 questions"):
         model.loglikelihoods([("a", "b"), ("a", "c")])
-    assert model.generations([record(1), record(2)], 5) == [("text", False), None]
-    assert model.generations([record(1)], 6) == [None]
+    assert model.generations([record(1)], 5) == [("text", False)]
+    for missed in (([record(1), record(2)], 5), ([record(1)], 6)):
+        with pytest.raises(InputError, match="was not asked to write 1 of"):
+            model.generations(*missed)
     assert Remembered(None, "it").loglikelihoods([("a", "b")]) is None
     assert Remembered(None, "it").generations([record(1)], 5) is None
 
