@@ -32,7 +32,7 @@ from pipeline.reporting.published import published
 from pipeline.reporting.retention_table import retention_table
 from pipeline.reporting.tables import cost_table, results_table, tasks_table
 from pipeline.running.answers import Answers
-from pipeline.running.fingerprint import canonical
+from pipeline.running.fingerprint import alike
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 from pipeline.signals.records import Record
@@ -108,7 +108,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
 
 def _answers(inputs: Inputs) -> dict[str, Any]:
     asked, cached = inputs["evaluate-teacher"], inputs["cache-teacher"]
-    if canonical(asked.identity["sections"]["teacher"]) != canonical(cached.identity["sections"]["teacher"]):
+    if not alike(asked.identity["sections"]["teacher"], cached.identity["sections"]["teacher"]):
         raise Mismatch(
             f"{asked.path} has the answers of another teacher than the one that {cached.path} is of, or of the same with other settings. What was kept would be told of two teachers in one. "
             "Give the folder of that teacher with --use evaluate-teacher=FOLDER, or set evaluation.ask_teacher to false."

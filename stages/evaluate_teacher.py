@@ -11,7 +11,7 @@ from pipeline.models.live import LiveModel
 from pipeline.models.loading import device_named, load_teacher
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.running.answers import Answers
-from pipeline.running.fingerprint import canonical
+from pipeline.running.fingerprint import alike
 from pipeline.running.folder import RunFolder
 from pipeline.running.runner import Inputs
 
@@ -37,7 +37,7 @@ def run(teacher: Teacher, asked: Asked, machine: Machine, inputs: Inputs, out: R
 
 
 def _refuse_another(asked: Any, cached: Any) -> None:
-    if canonical(asked) != canonical(cached):
+    if not alike(asked, cached):
         raise Mismatch(
             "This experiment's teacher is not the one that the cache is of: another model, or the same with other settings. What was kept would be told of two teachers in one. "
             "Name that teacher in the YAML, or set evaluation.ask_teacher to false."

@@ -176,6 +176,8 @@ def test_one_evaluation_has_one_teacher(evaluated: Place, made: Path, tmp_path: 
         place.pipeline(stage, CONFIG, *other)
     assert "the answers of another teacher" in place.pipeline("evaluate", CONFIG, *other, "--use", f"evaluate-teacher={asked}", status=Mismatch.exit_status)
     place.pipeline("evaluate", CONFIG, *other)  # control: with its own
+    (place.path / "tiny" / "teacher").rename(place.path / "moved")  # the same model in another place is the same teacher
+    place.pipeline("evaluate-teacher", CONFIG, "--set", LIVE.replace("max_tokens: 6", "max_tokens: 5"), "--set", "teacher.model=moved", "--use", f"cache-teacher={cache}")
 
 
 def test_what_the_training_records_have_is_flagged_and_scored_apart(own: Place):

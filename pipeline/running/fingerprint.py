@@ -46,6 +46,11 @@ def fingerprint(identity: Identity) -> str:
     return hashlib.sha256(canonical(hashed).encode()).hexdigest()[:16]
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two sections say the same, wherever the files and models that they name lie."""
+    return canonical(_content_only(one)) == canonical(_content_only(other))
+
+
 def settings_digest(identity: Identity, without: tuple[str, ...]) -> str:
     """Over the stage, its version and its own settings; without those named (as section.key), and without what it is built on."""
     sections = {name: {key: part for key, part in _content_only(section).items() if f"{name}.{key}" not in without} for name, section in identity["sections"].items()}
