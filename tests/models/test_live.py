@@ -22,6 +22,7 @@ from tests.models.real import tokenizer as tokenizer_of
 from tests.tiny import questions
 
 CPU = torch.device("cpu")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'distillation-pipeline[eval]'")
 
 
 @pytest.fixture(scope="module", params=["student", "teacher"])
