@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.benchmarks._bootstrap import RESAMPLES
 from pipeline.benchmarks._overlap import WORDS, seen
-from pipeline.benchmarks._records import KEPT, Row, as_table, key_of
+from pipeline.benchmarks._records import KEPT, Row, as_table, key_of, refuse_twice
 from pipeline.benchmarks._retention import retention
 from pipeline.benchmarks._scores import Live, Scorer
 from pipeline.cache.projected import StudentView
@@ -57,7 +57,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     done = {name: (out.info(name)["figures"], [Row(**row) for row in out.info(name)["rows"]]) for name in out.committed() if name.startswith("figures-")}
     models: dict[str, Evaluated] = {}
 
-    answers = _answers(inputs) if "evaluate-teacher" in inputs else None
+    answers = _answers(inputs, cache.about["template"]) if "evaluate-teacher" in inputs else None
     cost = {key: cached.summary.get(key) for key in ("tokens_per_second", "peak_memory_mb", "cost")}
     models["teacher"] = _with(_benchmarked(CachedTeacher(examples), Remembered(answers, "The teacher"), evaluation, heldout, everyone), cost)
     device = device_named(machine.device)
@@ -106,8 +106,13 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
     return results
 
 
-def _answers(inputs: Inputs) -> dict[str, Any]:
+def _answers(inputs: Inputs, template: str) -> dict[str, Any]:
     asked, cached = inputs["evaluate-teacher"], inputs["cache-teacher"]
+    if asked.identity["needs"]["cache-teacher"]["sections"]["data"]["template"] != template:
+        raise Mismatch(
+            f"{asked.path} has the teacher's answers to prompts of another data.template than that of {cached.path}, in which the students are asked. "
+            "Run `pipeline evaluate-teacher` with this cache, or set evaluation.ask_teacher to false."
+        )
     if not alike(asked.identity["sections"]["teacher"], cached.identity["sections"]["teacher"]):
         raise Mismatch(
             f"{asked.path} has the answers of another teacher than the one that {cached.path} is of, or of the same with other settings. What was kept would be told of two teachers in one. "
@@ -130,7 +135,9 @@ def _benchmarked(model: Scorer, live: Live, evaluation: Evaluation, heldout: lis
     kept: list[Row] = []
     for entry in evaluation.benchmarks:
         figures = find("benchmarks", entry.benchmark)(*((live, everyone) if entry.live else (model, heldout)), **entry.options())
-        kept += figures.pop(KEPT, [])
+        rows = figures.pop(KEPT, [])
+        refuse_twice(kept, rows)
+        kept += rows
         tasks = figures.pop("tasks", {})
         assert not tasks.keys() & results.get("tasks", {}).keys() | figures.keys() & results.keys(), "config refuses what is given twice"
         tasks = results.get("tasks", {}) | tasks

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipeline.benchmarks._records import KEPT, Row, refuse_twice
 from pipeline.cache.reader import Cache
 from pipeline.config import Asked, Machine, Teacher
 from pipeline.errors import InputError, Mismatch
@@ -29,8 +30,12 @@ def run(teacher: Teacher, asked: Asked, machine: Machine, inputs: Inputs, out: R
     answers = Answers(out, "teacher")
     live = LiveModel(model, tokenizer, teacher.model, machine.teacher_batch_records, answers)
     tasks: dict[str, Any] = {}
+    kept: list[Row] = []
     for entry in asked.benchmarks:
-        tasks |= find("benchmarks", entry.benchmark)(live, heldout, **entry.options()).get("tasks", {})
+        figures = find("benchmarks", entry.benchmark)(live, heldout, **entry.options())
+        refuse_twice(kept, figures.get(KEPT, []))
+        kept += figures.get(KEPT, [])
+        tasks |= figures.get("tasks", {})
     with out.result("answers.json") as file:
         file.write_text(as_json(answers.known), encoding="utf-8")
     return {"answers": len(answers.known), "accuracy": {name: figures["accuracy"] for name, figures in tasks.items() if "accuracy" in figures}}

@@ -11,8 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import Mismatch
+from pipeline.benchmarks._records import Row, refuse_twice
+from pipeline.errors import InputError, Mismatch
 from pipeline.running.fingerprint import fingerprint
+from pipeline.running.folder import FinishedFolder
+from pipeline.running.runner import Inputs
+from stages.evaluate import _answers
 from tests.conftest import CONFIG, Place
 from tests.golden import _without_measured
 from tests.test_reliability import killed_after
@@ -180,6 +184,16 @@ def test_one_evaluation_has_one_teacher(evaluated: Place, made: Path, tmp_path: 
     place.pipeline("evaluate-teacher", CONFIG, "--set", LIVE.replace("max_tokens: 6", "max_tokens: 5"), "--set", "teacher.model=moved", "--use", f"cache-teacher={cache}")
 
 
+def test_answers_to_another_template_are_refused(evaluated: Place, tmp_path: Path):
+    place = Place(tmp_path / "place")
+    shutil.copytree(evaluated.path, place.path, symlinks=True)
+    (asked,) = (place.path / "runs" / "evaluate-teacher").iterdir()
+    cache = next((place.path / "runs" / "cache-teacher").iterdir())
+    with pytest.raises(Mismatch, match=r"another data\.template"):
+        _answers(Inputs({"evaluate-teacher": FinishedFolder(asked), "cache-teacher": FinishedFolder(cache)}, place.path / "runs"), "chat")
+    assert _answers(Inputs({"evaluate-teacher": FinishedFolder(asked), "cache-teacher": FinishedFolder(cache)}, place.path / "runs"), "plain")  # control
+
+
 def test_what_the_training_records_have_is_flagged_and_scored_apart(own: Place):
     rows = [json.loads(line) for line in (own.path / "tiny" / "train.jsonl").read_text().splitlines()]
     told = "It is a very rare finding that is seen in one of a hundred people who live by the sea."
@@ -220,3 +234,11 @@ def test_what_it_refuses(evaluated: Place, tmp_path: Path, setting: str, said: s
 def test_benchmarks_are_a_list_or_by_name(evaluated: Place):
     by_name = "evaluation.benchmarks={perplexity: , fidelity: {}, calibration: , text_quality: {max_tokens: 6}, mmlu_medical: {path: questions.jsonl}}"
     assert evaluated.json("status", CONFIG, "--set", by_name)["stages"][-1]["state"] == "done"
+
+
+def test_two_benchmarks_do_not_ask_the_same_task():
+    one, other = Row("a", "0", None, "", {}, "medqa_4options"), Row("b", "1", None, "", {}, "medqa_4options")
+    with pytest.raises(InputError, match="ask medqa_4options, and their questions would be mixed"):
+        refuse_twice([one], [other])
+    refuse_twice([one], [Row("b", "1", None, "", {}, "mmlu_anatomy")])
+    refuse_twice([Row("a", "0", None, "", {})], [Row("a", "0", None, "", {})])  # of the held-out records every benchmark says something

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.errors import InputError
 from pipeline.signals.records import Record
 
 KEPT = "records"
@@ -69,6 +70,12 @@ def key_of(one: Row) -> tuple[str, str, str]:
 
 def row(record: Record, **columns: Any) -> Row:
     return Row(record.id, record.digest()[:DIGEST], record.specialty, "\n".join(segment.text for segment in record.segments), columns)
+
+
+def refuse_twice(earlier: Sequence[Row], rows: Sequence[Row]) -> None:
+    """InputError if two benchmarks have asked the same task: their questions would be taken for one."""
+    if twice := sorted({one.task for one in earlier} & {one.task for one in rows} - {HELDOUT}):
+        raise InputError(f"Two entries of evaluation.benchmarks ask {twice[0]}, and their questions would be mixed. Leave it out of one of them, or evaluate them apart.")
 
 
 def as_table(models: Mapping[str, Sequence[Row]], seen: Mapping[tuple[str, str, str], bool] | None = None) -> pa.Table:

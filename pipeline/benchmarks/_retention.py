@@ -159,7 +159,7 @@ def _entry(task: str, figure: str, found: dict[str, dict[Key, tuple[float, float
         "student_minus_baseline": drawn.made(lambda one, base: one - base, STUDENT, baseline),
         "retention": drawn.made(share, STUDENT, TEACHER),
         "baseline_retention": drawn.made(share, baseline, TEACHER),
-        "recovered": recovered["value"] if recovered and apart else None,
+        "recovered": recovered["value"] + 0.0 if recovered and apart else None,
         "mcnemar": None,
         "confidence_correlation": None,
     }

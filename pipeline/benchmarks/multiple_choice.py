@@ -12,7 +12,7 @@ from pipeline.signals.records import Record
 
 
 def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = None, fields: Fields | None = None) -> dict[str, Any]:
-    """Accuracy of choosing the option with the highest log-likelihood per byte, with a 95 % bootstrap interval.
+    """Accuracy of choosing the option with the highest log-likelihood per byte, with its 95 % interval (Wilson).
 
     An option's probability, of which the model's confidence is made: as if all options had their mean number of bytes.
 
@@ -20,7 +20,7 @@ def multiple_choice(model: Scorer, heldout: list[Record], *, path: str | None = 
     is known from its cache of the held-out split alone, then has none), each question once.
     """
     records = heldout if path is None else [record_of_row(row, path, 1.0) for row in find("datasets", "jsonl")(path=path, fields=fields)]
-    once = {(record.id, record.digest()): record for record in records if record.options and record.answer_index is not None}
+    once = {(record.id if path is None else "", record.digest()): record for record in records if record.options and record.answer_index is not None}
     questions = list(once.values())
     choices = [choice for question in questions for choice in question.choices()]
     scores = model.scores(choices) if choices else None

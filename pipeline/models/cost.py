@@ -45,7 +45,7 @@ def cost_of(model: PreTrainedModel, vocabulary_size: int) -> dict[str, Any]:
             greedy(model, ids, mask, count, [0], vocabulary_size, least=count)
 
         passing, first, all = (_seconds(work, device) for work in (forward, lambda generate=generate: generate(1), lambda generate=generate: generate(new)))
-        batches[str(batch)] = {"forward_seconds": passing, "first_token_seconds": first, "tokens_per_second": batch * (new - 1) / max(all - first, 1e-9)}
+        batches[str(batch)] = {"forward_seconds": passing, "first_token_seconds": first, "tokens_per_second": batch * (new - 1) / (all - first) if all > first else batch * new / all}
     return {
         "parameters": sum(_elements(weight) for weight in model.parameters()),
         "weights_mb": sum(weight.numel() * weight.element_size() for weight in [*model.parameters(), *model.buffers()]) / 1e6,

@@ -48,7 +48,7 @@ class LiveModel:
     def loglikelihoods(self, asked: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """As the harness's own model for transformers reads them, in batches of like length."""
         found = self._remember([likelihood_key(*each) for each in asked], lambda places: self._likelihoods([asked[place] for place in places]), self._batch * AT_ONCE)
-        self.cut += sum(cut for _, _, cut in found)
+        self.cut += _cut(asked, found)
         return [(float(logprob), bool(greedy)) for logprob, greedy, _ in found]
 
     def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool] | None]:
@@ -108,6 +108,11 @@ class LiveModel:
         return [_answer(answer, set(ends), vocabulary.token_bytes) for answer in answers]
 
 
+def _cut(asked: Sequence[tuple[str, str]], answers: Sequence[Any]) -> int:
+    """Contexts, whatever the number of their options."""
+    return len({context for (context, _), (_, _, cut) in zip(asked, answers, strict=True) if cut})
+
+
 class Remembered:
     """A model that was asked elsewhere; None: nobody has asked it."""
 
@@ -124,7 +129,7 @@ class Remembered:
                 f"{self._name} was not asked {missing} of {len(asked)} questions, such as {asked[found.index(None)][0][-80:]!r}: a benchmark has others than it had then "
                 "(one from the hub, or of another version of lm-eval). Remove the folder of evaluate-teacher and run that stage again, or set evaluation.ask_teacher to false."
             )
-        self.cut += sum(answer[2] for answer in found if answer)
+        self.cut += _cut(asked, [answer for answer in found if answer])
         return [(float(answer[0]), bool(answer[1])) for answer in found if answer]
 
     def generations(self, records: Sequence[Record], max_tokens: int) -> Sequence[tuple[str, bool] | None] | None:
@@ -197,6 +202,8 @@ def continuations(head: RowLogits, asked: list[tuple[list[int], list[int]]], mos
     At most `most` tokens are read, the last ones. What reads the same is read once: options of one token share a pass. InputError if
     that has no room for a continuation.
     """
+    if any(not context or not continuation for context, continuation in asked):
+        raise InputError("A question of a benchmark, or one of its options, has no tokens in this model's tokenizer (nothing but spaces?). Leave that benchmark out.")
     if asked and (longest := max(len(continuation) for _, continuation in asked)) > most:
         raise InputError(f"An option has {longest} tokens, and the model reads {most}. Leave that benchmark out.")
     readers: dict[tuple[int, ...], list[int]] = {}

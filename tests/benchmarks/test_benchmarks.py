@@ -162,7 +162,7 @@ def test_the_interval_of_a_share_has_a_width_at_its_ends():
 
 
 def test_a_question_that_a_file_has_twice_counts_once(tmp_path):
-    (tmp_path / "q.jsonl").write_text('{"question": "Q?", "options": ["short", "mid size"], "answer_idx": 0, "id": "a"}\n' * 2)
+    (tmp_path / "q.jsonl").write_text('{"question": "Q?", "options": ["short", "mid size"], "answer_idx": 0, "id": "%s"}\n' * 2 % ("a", "b"))
     found = multiple_choice(Model(lambda record: -1.0), [], path=str(tmp_path / "q.jsonl"), fields={"user": "question", "options": "options", "answer_index": "answer_idx", "id": "id"})
     assert found["questions"] == 1
     assert [one.task for one in found["records"]] == ["multiple_choice"]

@@ -79,11 +79,11 @@ class Killed(BaseException):
 
 def test_contexts_that_are_too_long_are_counted_also_after_a_resume(loaded: tuple[PreTrainedModel, RecordTokenizer], tmp_path: Path):
     model, tokenizer = loaded
-    pairs = [("cyst " * 400, " a"), ("cyst " * 3, " a"), ("cyst " * 500, " b")]
+    pairs = [("cyst " * 400, " a"), ("cyst " * 3, " a"), ("cyst " * 500, " b"), ("cyst " * 500, " a")]
     folder = RunFolder(tmp_path / "run")
     for _ in range(2):
         live = LiveModel(model, tokenizer, "it", 2, Answers(folder, "it"))
-        assert len(live.loglikelihoods(pairs)) == 3
+        assert len(live.loglikelihoods(pairs)) == 4
         assert live.cut == 2
     heard = Remembered(Answers(folder, "it").known, "it")
     heard.loglikelihoods(pairs)
@@ -95,6 +95,14 @@ def test_an_option_without_room_is_refused(loaded: tuple[PreTrainedModel, Record
     model, tokenizer = loaded
     with pytest.raises(InputError, match=r"An option has \d+ tokens, and the model reads 256"):
         LiveModel(model, tokenizer, "it", 2).loglikelihoods([("a", " b"), ("a", " cyst" * 300)])
+
+
+@pytest.mark.parametrize("pair", [("a", ""), ("  ", " b")])
+def test_what_has_no_tokens_is_refused(made: Path, pair: tuple[str, str]):
+    source = str(made / "tiny" / "student")
+    model, tokenizer = load_student(source, None, None, CPU).eval(), load_tokenizer(source, None, "plain", "student")
+    with pytest.raises(InputError, match="has no tokens"):
+        LiveModel(model, tokenizer, "it", 2).loglikelihoods([("z", " b"), pair])
 
 
 def test_a_question_without_room_for_an_answer_is_refused(loaded: tuple[PreTrainedModel, RecordTokenizer]):
