@@ -28,6 +28,7 @@ from pipeline.models.memory import PeakMemory
 from pipeline.models.scoring import CachedTeacher, StudentScorer
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reporting.plots import plot_curves
+from pipeline.reporting.progress import Progress
 from pipeline.reporting.published import published
 from pipeline.reporting.retention_table import retention_table
 from pipeline.reporting.tables import cost_table, results_table, tasks_table
@@ -70,7 +71,7 @@ def run(student: Student, evaluation: Evaluation, machine: Machine, inputs: Inpu
             model = load_student(source, revision, layers, device).eval()
             rows = rows_that_are_tokens(model, name, tokenizer.vocabulary)
             scorer = StudentScorer(row_logits(model, name, rows), tokenizer.render, view, examples, machine.student_micro_batch_records)
-            live = LiveModel(model, tokenizer, name, machine.student_micro_batch_records, Answers(out, name))
+            live = LiveModel(model, tokenizer, name, machine.student_micro_batch_records, Answers(out, name, Progress))
             found = _benchmarked(scorer, live, evaluation, heldout, everyone)
             cost = {"tokens_per_second": scorer.tokens / max(scorer.seconds, 1e-9), "peak_memory_mb": memory.megabytes()}
             done[piece] = _with(found, cost | {"cost": cost_of(model, rows) if machine.measure_cost else None})

@@ -11,6 +11,7 @@ from pipeline.lookup import find
 from pipeline.models.live import LiveModel
 from pipeline.models.loading import device_named, load_teacher
 from pipeline.models.tokenizers import load_tokenizer
+from pipeline.reporting.progress import Progress
 from pipeline.running.answers import Answers
 from pipeline.running.fingerprint import alike
 from pipeline.running.folder import RunFolder
@@ -27,7 +28,7 @@ def run(teacher: Teacher, asked: Asked, machine: Machine, inputs: Inputs, out: R
         raise InputError(f"{error} Where it was asked already: --use evaluate-teacher=FOLDER. Without the teacher: `--set evaluation.ask_teacher=false`.") from None
     tokenizer = load_tokenizer(source, teacher.revision, cache.about["template"], teacher.model)
     model = load_teacher(source, teacher.revision, teacher.quantization, teacher.double_quantization, teacher.dtype, device_named(machine.device))
-    answers = Answers(out, "teacher")
+    answers = Answers(out, "teacher", Progress)
     live = LiveModel(model, tokenizer, teacher.model, machine.teacher_batch_records, answers)
     tasks: dict[str, Any] = {}
     kept: list[Row] = []

@@ -1,5 +1,6 @@
 """What `evaluate` keeps of each record, so that evaluations can be compared without a model: records.parquet."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,17 @@ RECORDS = pa.schema(
     ],
     metadata={"format": "2"},
 )
+FIGURES: dict[str, tuple[str, str | None, float]] = {
+    "kl_to_teacher": ("kl", "aligned", 1.0),
+    "bits_per_byte": ("logprob", "answer_bytes", -1 / math.log(2)),
+    "top1_agreement": ("agreeing", "aligned", 1.0),
+    "accuracy": ("right", None, 1.0),
+    "token_accuracy": ("followed", "tokens", 1.0),
+    "rouge1": ("rouge1", None, 1.0),
+    "rouge2": ("rouge2", None, 1.0),
+    "rougeL": ("rougeL", None, 1.0),
+}
+"""Each figure as a fraction of two sums over records: the column above the line, the one below it (None: the records are counted), and a factor."""
 KEY = ("task", "record", "digest")
 COLUMNS = RECORDS.names[6:]
 HELDOUT = "heldout"

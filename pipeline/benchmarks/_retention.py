@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.benchmarks._bootstrap import interval, resampled
-from pipeline.benchmarks._records import Row
+from pipeline.benchmarks._records import FIGURES, Row, key_of
 
 TEACHER, STUDENT, BASELINES = "teacher", "distilled", ("sft", "student_before")
 ACCURACY = "accuracy"
@@ -20,15 +20,8 @@ Key = tuple[str, str, str]
 Kept = Mapping[Key, Mapping[str, Any]]
 """What benchmarks have said of each record, for one model."""
 
-PARTS: dict[str, Callable[[Mapping[str, Any]], tuple[float | None, float | None]]] = {
-    ACCURACY: lambda of: (of.get("right"), 1),
-    "rouge1": lambda of: (of.get("rouge1"), 1),
-    "rouge2": lambda of: (of.get("rouge2"), 1),
-    "rougeL": lambda of: (of.get("rougeL"), 1),
-    "token_accuracy": lambda of: (of.get("followed"), of.get("tokens")),
-    "bits_per_byte": lambda of: (None if of.get("logprob") is None else -of["logprob"] / math.log(2), of.get("answer_bytes")),
-}
-"""Of each figure what a record adds above and below the line: the figure is the sum over the sum."""
+TOLD = ("accuracy", "rouge1", "rouge2", "rougeL", "token_accuracy", "bits_per_byte")
+"""Of FIGURES, in the table's order; the others are about the teacher itself."""
 
 
 def retention(models: Mapping[str, Sequence[Row]], groups: Mapping[str, Sequence[str]] = {}, seen: Mapping[Key, bool] | None = None) -> list[dict[str, Any]]:
@@ -47,7 +40,7 @@ def retention(models: Mapping[str, Sequence[Row]], groups: Mapping[str, Sequence
     assert not groups.keys() & set(tasks), groups
     asked = [(task, ACCURACY, [task]) for task in tasks]
     asked += [(name, ACCURACY, list(members)) for name, members in groups.items()]
-    asked += [(task, figure, [task]) for task in tasks for figure in PARTS if figure != ACCURACY]
+    asked += [(task, figure, [task]) for task in tasks for figure in TOLD if figure != ACCURACY]
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     for task, figure, members in asked:
         found = {model: _parts(of, figure, set(members)) for model, of in compared.items()}
@@ -88,17 +81,18 @@ def _merged(rows: Sequence[Row]) -> dict[Key, dict[str, Any]]:
     """Several benchmarks may say something of the same record."""
     merged: dict[Key, dict[str, Any]] = {}
     for row in rows:
-        merged.setdefault((row.task, row.record, row.digest), {}).update(row.columns)
+        merged.setdefault(key_of(row), {}).update(row.columns)
     return merged
 
 
 def _parts(kept: Kept, figure: str, tasks: set[str]) -> dict[Key, tuple[float, float]]:
     """The records that a figure is there of, with what each adds above and below the line."""
+    above, below, factor = FIGURES[figure]
     parts = {}
     for key, columns in kept.items():
-        over, under = PARTS[figure](columns) if key[0] in tasks else (None, None)
+        over, under = (columns.get(above), columns.get(below) if below else 1) if key[0] in tasks else (None, None)
         if over is not None and under is not None and math.isfinite(over) and math.isfinite(under):
-            parts[key] = (float(over), float(under))
+            parts[key] = (factor * float(over), float(under))
     return parts
 
 

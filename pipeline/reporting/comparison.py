@@ -1,14 +1,13 @@
 """Several evaluations side by side: of each model the mean and the spread over seeds, 95 % intervals, and how far it is from one of them."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.benchmarks._bootstrap import interval, over_seeds, resampled
-from pipeline.benchmarks._records import HELDOUT
+from pipeline.benchmarks._records import FIGURES, HELDOUT
 from pipeline.errors import InputError
 from pipeline.lookup import nearest
 from pipeline.reporting.tables import ABOUT, QUALITY, figures_in
@@ -39,24 +38,22 @@ class Kept:
         rows = [row for row, (task, _, _) in enumerate(self.ids) if task in tasks]
         return Kept([self.ids[row] for row in rows], [self.specialties[row] for row in rows], {name: values[rows] for name, values in self.columns.items()})
 
+    def sides(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [records] each: what stands above and below the line of one of FIGURES."""
+        above, below, factor = FIGURES[key]
+        return factor * self.columns[above], self.columns[below] if below else np.ones(len(self.ids))
+
     def sums(self, key: str) -> tuple[list[Id], np.ndarray, np.ndarray] | None:
         """The records that a figure is over, and of each the part that it adds to either side of the fraction; None if there are none."""
-        over, under = PARTS[key](self.columns)
+        over, under = self.sides(key)
         there = np.isfinite(over) & np.isfinite(under)
         if not under[there].sum():
             return None
         return [id for id, here in zip(self.ids, there, strict=True) if here], over[there], under[there]
 
 
-PARTS: dict[str, Callable[[Columns], tuple[np.ndarray, np.ndarray]]] = {
-    "kl_to_teacher": lambda of: (of["kl"], of["aligned"]),
-    "bits_per_byte": lambda of: (-of["logprob"] / math.log(2), of["answer_bytes"]),
-    "top1_agreement": lambda of: (of["agreeing"], of["aligned"]),
-    "accuracy": lambda of: (of["right"], np.ones(len(of["right"]))),
-    "token_accuracy": lambda of: (of["followed"], of["tokens"]),
-    "rougeL": lambda of: (of["rougeL"], np.ones(len(of["rougeL"]))),
-}
-"""Each figure as a fraction of two sums over records."""
+PARTS = ("kl_to_teacher", "bits_per_byte", "top1_agreement", "accuracy", "token_accuracy", "rougeL")
+"""Of FIGURES those that are compared."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pipeline.benchmarks._records import HELDOUT
 from pipeline.files import read_json_lines
 from pipeline.reporting import report_plots as plots
-from pipeline.reporting.comparison import CONTROL, DISTILLED, OF_HELDOUT, PARTS, TEACHER, Kept, Row, variant_names
+from pipeline.reporting.comparison import CONTROL, DISTILLED, OF_HELDOUT, TEACHER, Kept, Row, variant_names
 from pipeline.reporting.inspection_evaluations import Found
 from pipeline.reporting.report_plots import Bar, Look
 from pipeline.reporting.retention_table import retention_parts
@@ -303,7 +303,7 @@ def _by_specialty(seeds: Sequence[Kept], key: str, pooled: dict[str, str]) -> di
     """Of each specialty how many records there are, and the mean over the seeds."""
     found: dict[str, list[tuple[int, float]]] = {}
     for kept in seeds:
-        over, under = PARTS[key](kept.columns)
+        over, under = kept.sides(key)
         names = np.array([pooled.get(name or UNNAMED, "") for name in kept.specialties])
         there = np.isfinite(over) & np.isfinite(under)
         for name in np.unique(names[there]):

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.reporting.progress import Progress
 from pipeline.running.folder import RunFolder
 
 EVERY = 5.0
@@ -12,10 +11,13 @@ EVERY = 5.0
 
 
 class Answers:
-    """Values by key, each kept in a commit without files; the manifest does away with them. Only for a sole writer."""
+    """Values by key, each kept in a commit without files; the manifest does away with them. Only for a sole writer.
 
-    def __init__(self, out: RunFolder, model: str) -> None:
-        self._out, self._model, self._prefix = out, model, f"answers-{model}-"
+    progress: makes what tells how far it is (reporting.Progress).
+    """
+
+    def __init__(self, out: RunFolder, model: str, progress: Callable[[str, int, int, str], Any] | None = None) -> None:
+        self._out, self._model, self._prefix, self._progress = out, model, f"answers-{model}-", progress
         self._names = [name for name in out.committed() if name.startswith(self._prefix)]
         self._known: dict[str, Any] = {}
         for name in self._names:
@@ -28,18 +30,20 @@ class Answers:
 
         Which are asked for together depends on the keys alone, so that a stage that was killed asks the same together as one that was not.
         """
-        progress = Progress(f"{self._out.path.parent.name}: {self._model}", len(keys), sum(key in self._known for key in keys), "answers")
+        known = sum(key in self._known for key in keys)
+        progress = self._progress(f"{self._out.path.parent.name}: {self._model}", len(keys), known, "answers") if self._progress else None
         try:
             for begin in range(0, len(keys), at_once):
                 places = [place for place in range(begin, min(begin + at_once, len(keys))) if keys[place] not in self._known]
                 for place, value in zip(places, ask(places) if places else [], strict=True):
                     self._known[keys[place]] = self._new[keys[place]] = value
-                if places:
+                if places and progress:
                     progress.advance(len(places), 0)
                 if time.monotonic() - self._since > EVERY:
                     self._commit()
         finally:
-            progress.finish()
+            if progress:
+                progress.finish()
             self._commit()
         return [self._known[key] for key in keys]
 
